@@ -1,0 +1,1 @@
+"""fewbits: post-training quantization of PyTorch models."""

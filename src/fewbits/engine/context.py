@@ -1,0 +1,204 @@
+"""What a step sees of one unit: its sites, weights, quantizers, cached inputs and targets, and how to run it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.engine.statistics import Statistic
+from fewbits.engine.tree import Samples, Tree, map_tensors
+from fewbits.errors import FewbitsError
+from fewbits.formats import Params
+from fewbits.graph import operands
+from fewbits.graph.types import Graph, Site, Unit
+from fewbits.quantizer import Quantizer
+from fewbits.recipe import QSpec, Recipe
+
+if TYPE_CHECKING:
+    from fewbits.attach import Attachment
+    from fewbits.engine.run import Run
+
+
+class ModelContext:
+    """A model with quantizers attached, its graph and a recipe: what model-scope steps work on."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.model: nn.Module = run.model
+        self.graph: Graph = run.graph
+        self.attachment: Attachment = run.attachment
+        self.recipe: Recipe = run.recipe
+        self.device: torch.device = run.device
+
+    def spec(self, site: Site) -> QSpec | None:
+        """The grid the recipe's scheme puts at a site, None for floating point."""
+        return self.recipe.scheme.spec(site)
+
+    def sites(self) -> list[Site]:
+        return list(self.graph.sites.values())
+
+    def weights(self) -> list[Site]:
+        """Weight sites the scheme quantizes, in call order."""
+        return [site for site in self.sites() if site.role == "weight" and self.spec(site) is not None]
+
+    def activations(self) -> list[Site]:
+        """Activation sites the scheme quantizes, in call order."""
+        return [site for site in self.sites() if site.role != "weight" and self.spec(site) is not None]
+
+    def input_of(self, weight: Site) -> Site:
+        """The activation site that a weight site's call multiplies."""
+        found = self.graph.sites.get(weight.name.removesuffix("weight") + "input")
+        if found is None:
+            raise FewbitsError(f"{weight.name} has no input site")
+        return found
+
+    def weight(self, site: Site) -> Tensor:
+        """The site's weight as a float32 matrix (out, columns), a copy."""
+        return operands.read(self.model, site).float().flatten(1)
+
+    def set_weight(self, site: Site, weight: Tensor) -> None:
+        """Replace the site's weight by a floating-point matrix (out, columns)."""
+        shape = operands.canonical(operands.operand(self.model, site), site.layout, site.groups).shape
+        operands.write(self.model, site, weight.view(shape))
+
+    def quantize_weight(self, site: Site, codes: Tensor, params: Params, group_index: Tensor | None = None) -> None:
+        """Commit a weight: its integer codes (out, columns) on the scheme's grid with these parameters.
+
+        The parameter holds the decoded values from here on. A parameter that is also read elsewhere (a tied head) is left alone
+        and quantized in the forward instead. `group_index` gives each column's group where groups are not contiguous.
+        """
+        spec = self.spec(site)
+        if spec is None:
+            raise FewbitsError(f"{site.name}: the scheme keeps this weight in floating point")
+        quantizer = Quantizer(spec).to(self.device)
+        quantizer.set_params({name: value.detach() for name, value in params.items()})
+        attachment = self.attachment
+        attachment.set_quantizer(site.name, quantizer)
+        attachment.codes[site.name] = codes.detach().to("cpu")
+        if group_index is not None:
+            attachment.group_index[site.name] = group_index.detach().to("cpu")
+        else:
+            attachment.group_index.pop(site.name, None)
+        if site.used_by:
+            if group_index is not None:
+                raise FewbitsError(f"{site.name} is tied to {site.used_by[0]} and cannot use permuted groups; turn act-order off for it")
+            attachment.thaw(site.name)
+            return
+        self.set_weight(site, attachment.decoded(site.name).to(self.device))
+        attachment.freeze(site.name)
+
+    def quantizer(self, site: Site | str) -> Quantizer | None:
+        return self.attachment.quantizer(site if isinstance(site, str) else site.name)
+
+    def set_quantizer(self, site: Site, quantizer: Quantizer | None) -> None:
+        if quantizer is not None:
+            quantizer.to(self.device)
+        self.attachment.set_quantizer(site.name, quantizer)
+
+    def note(self, message: str) -> None:
+        """Something the user should read in the report."""
+        self.run.note(message)
+
+
+class UnitContext(ModelContext):
+    """One unit of a sweep.
+
+    `prefix` is the stream the regime feeds statistics from: "quantized", or "float" in the parallel regime. Inputs are cached for
+    the streams that the sweep's steps asked for.
+    """
+
+    def __init__(self, run: Run, unit: Unit, sweep: int) -> None:
+        super().__init__(run)
+        self.unit = unit
+        self.sweep = sweep
+        self.module: nn.Module = run.model.get_submodule(unit.name)
+        self.prefix = "float" if run.recipe.calibration.regime == "parallel" else "quantized"
+        self._writes_in_place = any(self.graph.calls[index].inplace for index in unit.calls)
+
+    @property
+    def name(self) -> str:
+        return self.unit.name
+
+    def sites(self) -> list[Site]:
+        return self.graph.sites_of(self.unit)
+
+    def generator(self, purpose: str = "") -> torch.Generator:
+        """A random generator that depends only on the run's seed, the sweep, the unit and the purpose."""
+        text = f"{self.run.seed}/{self.sweep}/{self.unit.name}/{purpose}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+        return torch.Generator().manual_seed(seed)
+
+    # -- data --------------------------------------------------------------------------------------------------------
+    def batches(self, stream: str | None = None) -> Iterator[tuple[int, tuple[Any, ...], dict[str, Any]]]:
+        """(samples, args, kwargs) of every cached call of the unit, in order."""
+        for number, size in enumerate(self.run.sizes):
+            for use in range(self.run.uses(self.unit, number)):
+                args, kwargs = self.run.store.get(("input", stream or self.prefix, number, use))
+                if self._writes_in_place:
+                    args, kwargs = map_tensors(torch.clone, (args, kwargs))
+                yield size, args, kwargs
+
+    def inputs(self, stream: str | None = None) -> Samples:
+        """All cached inputs of a stream, joined by sample."""
+        trees = [(args, kwargs) for _, args, kwargs in self.batches(stream)]
+        return Samples.join(trees, self._sizes(), f"unit {self.name}")
+
+    def targets(self) -> Samples:
+        """The float unit's outputs on float inputs, joined by sample."""
+        trees = [
+            self.run.store.get(("float", self.unit.name, number, use))
+            for number in range(len(self.run.sizes))
+            for use in range(self.run.uses(self.unit, number))
+        ]
+        return Samples.join(trees, self._sizes(), f"outputs of unit {self.name}")
+
+    def _sizes(self) -> list[int]:
+        return [size for number, size in enumerate(self.run.sizes) for _ in range(self.run.uses(self.unit, number))]
+
+    # -- running -----------------------------------------------------------------------------------------------------
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tree:
+        """The unit with whatever quantizers are enabled now."""
+        return self.module(*args, **kwargs)
+
+    def gather(self, requests: dict[str, Iterable[Statistic]], stream: str | None = None, quantized: bool | None = None) -> None:
+        """Run the unit over the cached inputs and fill the statistics at the named sites.
+
+        `stream` defaults to the regime's prefix. `quantized` False runs the float unit (default: False on the float stream). Sites that
+        read the same tensor share one accumulator per statistic key.
+        """
+        stream = stream or self.prefix
+        quantized = stream == "quantized" if quantized is None else quantized
+        current = [0]
+        shared: dict[tuple[Any, ...], Statistic] = {}
+        twins: list[tuple[Statistic, Statistic]] = []
+        observers: dict[str, list[Any]] = {}
+        for name, statistics in requests.items():
+            site = self.graph.sites[name]
+            for statistic in statistics:
+                key = (site.value if site.uses == 1 else name, statistic.key)
+                first = shared.setdefault(key, statistic)
+                if first is not statistic:
+                    twins.append((statistic, first))
+                    continue
+                observers.setdefault(name, []).append(lambda x, s=statistic: s.update(x, current[0]))
+        with ExitStack() as stack:
+            if not quantized:
+                stack.enter_context(self.attachment.disabled())
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.attachment.observing(observers))
+            for size, args, kwargs in self.batches(stream):
+                current[0] = size
+                self.forward(args, kwargs)
+        for statistic, first in twins:
+            statistic.__dict__.update(first.__dict__)
+
+    @contextmanager
+    def float_activations(self) -> Iterator[None]:
+        """Activation quantizers off while the context lasts; weights keep theirs."""
+        with self.attachment.without_activations():
+            yield

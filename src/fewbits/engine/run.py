@@ -1,0 +1,423 @@
+"""The sweep: unit by unit, statistics from cached streams, one atomic commit per unit, resumable at any point."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.attach import Attachment
+from fewbits.engine import snapshot
+from fewbits.engine.context import ModelContext, UnitContext
+from fewbits.engine.memory import Forecast, forecast
+from fewbits.engine.progress import Progress
+from fewbits.engine.replay import Replay
+from fewbits.engine.source import InMemory, Source, Streamed, names_in, names_outside
+from fewbits.engine.store import ActivationStore, Budget
+from fewbits.engine.tree import Batch, as_call, batch_size, map_tensors, share, tensors, to
+from fewbits.errors import FewbitsError
+from fewbits.graph import record
+from fewbits.graph.types import Graph, Unit
+from fewbits.graph.units import find_units
+from fewbits.recipe import Recipe, Step
+
+
+@dataclass
+class QuantizeResult:
+    """The quantized model (the one given, changed in place), what is attached to it, and what happened.
+
+    `notes` are things a user should read (a tied head left alone, a failed factorisation); `seconds` and `peak_bytes` (host memory, or
+    device memory on CUDA) are measured, `forecast` was predicted before the start.
+    """
+
+    model: nn.Module
+    attachment: Attachment
+    graph: Graph
+    recipe: Recipe
+    seed: int
+    seconds: float
+    peak_bytes: int
+    forecast: Forecast
+    calibration_fingerprint: str
+    notes: list[str] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+    work: Path | None = None
+    streamed: bool = False
+
+
+def quantize(
+    model: nn.Module,
+    recipe: Recipe | str,
+    calibration: Sequence[Batch] = (),
+    *,
+    bits: str | None = None,
+    options: dict[str, Any] | None = None,
+    example: Batch | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    work_dir: Path | str | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    budget: Budget | None = None,
+    units: str | Sequence[str] | None = None,
+    source: Streamed | None = None,
+) -> QuantizeResult:
+    """Quantize `model` in place by `recipe`.
+
+    calibration: batches (a tensor, a tuple of arguments, a dict of keyword arguments, or (args, kwargs)) with samples along the
+        first axis. recipe: a `Recipe`, or a name such as "gptq" or "smoothquant+gptq" with `bits` ("W4A8") and `options`.
+    example: a batch to record the model with; the first sample of the calibration data by default.
+    work_dir: where finished units are committed; with `resume` a run that was interrupted there goes on and ends with the same bits.
+    units: globs of module names to process at once instead of the units found. source: stream weights from safetensors
+        files; the model's parameters are then on the meta device.
+
+    Raises `FewbitsError` for bad input; nothing half-written is left behind.
+    """
+    if isinstance(recipe, str):
+        from fewbits.papers import build_recipe
+
+        if bits is None:
+            raise FewbitsError(f'recipe {recipe!r} by name needs bits, for example bits="W4A16"')
+        recipe = build_recipe(recipe, bits=bits, options=options or {})
+    run = Run(model, recipe, list(calibration), example, seed, torch.device(device), work_dir, resume, progress, budget, units, source)
+    try:
+        return run.execute()
+    except BaseException:
+        run.attachment.detach()
+        raise
+    finally:
+        run.close()
+
+
+class Run:
+    """State of one quantization."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        batches: list[Batch],
+        example: Batch | None,
+        seed: int,
+        device: torch.device,
+        work_dir: Path | str | None,
+        resume: bool,
+        progress: Progress | None,
+        budget: Budget | None,
+        units: str | Sequence[str] | None,
+        source: Streamed | None,
+    ) -> None:
+        self.started = time.monotonic()
+        self.model = model
+        self.recipe = recipe
+        self.seed = seed
+        self.device = device
+        self.progress = progress or Progress()
+        self.notes: list[str] = []
+        self.batches = batches
+        self.sizes = [batch_size(batch) for batch in batches]
+        if example is None and not batches:
+            raise FewbitsError("give calibration batches, or an example batch to record the model with")
+        self.example = example if example is not None else _first_sample(batches[0])
+        model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.streamed = source is not None
+        if not self.streamed:
+            model.to(device)
+        elif recipe.model_steps():
+            raise FewbitsError(f"{recipe.name}: a step that needs the whole model at once cannot run on streamed weights")
+        with _without_cache(model):
+            args, kwargs = as_call(to(self.example, "meta" if self.streamed else device))
+            self.graph = record(model, *args, **kwargs)
+        self.units = find_units(self.graph, units) if units is not None else self.graph.units
+        budget = budget or Budget()
+        self.store = ActivationStore(budget, device)
+        self.source: Source
+        if source is not None:
+            source.open(model, self.units, device)
+            self.source = source
+        else:
+            self.source = InMemory(model, self.store)
+        known = {call.key for call in self.graph.calls if call.key is not None}
+        self.attachment = Attachment(model, self.graph.sites, known)
+        self.replay = Replay(model, self.attachment, self.graph, self.units, self.store)
+        self.forecast = forecast(
+            self.graph, self.units, recipe, {n: p.numel() * p.element_size() for n, p in model.named_parameters()},
+            sum(self.sizes), batch_size(self.example), max(self.sizes, default=1), self.streamed, budget,
+            (self.store.device_limit, self.store.host_limit),
+        )  # fmt: skip
+        self.commits = Commits(Path(work_dir), self.identity(), resume) if work_dir is not None else None
+        self._uses: dict[tuple[str, int], int] = {}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    # -- the whole run -----------------------------------------------------------------------------------------------
+    def execute(self) -> QuantizeResult:
+        sweeps = self.recipe.sweeps()
+        self._check_scheme()
+        self.progress.start(len(sweeps) * len(self.units), str(self.forecast))
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), _without_cache(self.model):
+                torch.manual_seed(self.seed)
+                with torch.no_grad():
+                    for step in self.recipe.model_steps():
+                        step.apply(ModelContext(self))  # type: ignore[arg-type]
+                for number, steps in enumerate(sweeps):
+                    self.sweep(number, steps, later=sweeps[number + 1 :])
+        finally:
+            self.progress.stop()
+        self._check_complete()
+        return QuantizeResult(
+            self.model, self.attachment, self.graph, self.recipe, self.seed, time.monotonic() - self.started, self.peak_bytes(),
+            self.forecast, fingerprint(self.batches), self.notes, self.units, self.commits.folder if self.commits else None, self.streamed,
+        )  # fmt: skip
+
+    def sweep(self, number: int, steps: list[Step], later: list[list[Step]]) -> None:
+        """One pass over the units."""
+        prefix = "float" if self.recipe.calibration.regime == "parallel" else "quantized"
+        wanted = {prefix if stream == "prefix" else stream for step in steps for stream in step.streams}
+        streams = sorted(wanted)
+        if streams and not self.batches:
+            raise FewbitsError(f"{self.recipe.name} needs calibration data")
+        float_later = any("float" in step.streams or ("prefix" in step.streams and prefix == "float") for sweep in later for step in sweep)
+        done = [self.commits is not None and self.commits.has(number, index) for index in range(len(self.units))]
+        if all(done):
+            streams = []  # nothing left to compute in this sweep
+        activations = all(step.activations for step in steps)
+        for index, unit in enumerate(self.units):
+            self.progress.working(unit.name)
+            self.source.bring_in(unit)
+            if self.streamed and number > 0 and self.commits is not None:
+                self._restore(number - 1, index)
+            for stream in streams:
+                self._capture(stream, unit)
+            if number == 0 and float_later:
+                self.source.remember(unit)
+            if "float" in streams:
+                with self._float_weights(unit, number), self.attachment.disabled():
+                    self._outputs("float", unit)
+            if done[index]:
+                self._restore(number, index)
+            else:
+                for step in steps:
+                    step.apply(UnitContext(self, unit, number))
+                if self.commits is not None:
+                    self.commits.write(number, index, *self._snapshot(unit))
+            if "quantized" in streams:
+                self.attachment.activations = activations
+                self.attachment._replan()
+                try:
+                    self._outputs("quantized", unit)
+                finally:
+                    self.attachment.activations = True
+                    self.attachment._replan()
+            for stream in streams:
+                self.store.drop_where("input", stream)
+                self.replay.release(stream, unit)
+            self.source.let_go(unit)
+            self.progress.advance()
+        for stream in streams:
+            self.replay.forget(stream)
+
+    # -- streams -----------------------------------------------------------------------------------------------------
+    def uses(self, unit: Unit, batch: int) -> int:
+        """How often the unit is called in the forward of a batch."""
+        return self._uses[(unit.name, batch)]
+
+    def _capture(self, stream: str, unit: Unit) -> None:
+        first: dict[int, Any] = {}
+        for number, batch in enumerate(self.batches):
+            calls = self.replay.capture(stream, unit, to(batch, self.device), number)
+            self._uses[(unit.name, number)] = len(calls)
+            for use, call in enumerate(calls):
+                call = share(call, first.setdefault(use, call))
+                self.store.put(("input", stream, number, use), call)
+
+    def _outputs(self, stream: str, unit: Unit) -> None:
+        """Run the unit on its cached inputs and keep what it returns."""
+        context = UnitContext(self, unit, 0)
+        context.prefix = stream
+        position = [(n, u) for n in range(len(self.batches)) for u in range(self.uses(unit, n))]
+        for (number, use), (_, args, kwargs) in zip(position, context.batches(stream), strict=True):
+            with torch.no_grad():
+                output = context.forward(args, kwargs)
+            self.replay.keep(stream, unit, number, use, map_tensors(torch.Tensor.detach, output))
+
+    @contextmanager
+    def _float_weights(self, unit: Unit, sweep: int) -> Iterator[None]:
+        """The unit's original float parameters in place while the context lasts."""
+        if sweep == 0:
+            yield
+            return
+        original = self.source.recall(unit)
+        swapped: list[tuple[Tensor, Tensor]] = []
+        for name in names_in(self.model, unit):
+            held = self._parameter(name)
+            swapped.append((held, held.data))
+            # A bias that a transform created was absent before: zero.
+            held.data = original[name].to(held.device) if name in original else torch.zeros_like(held.data)
+        try:
+            yield
+        finally:
+            for held, data in swapped:
+                held.data = data
+
+    def _parameter(self, name: str) -> Tensor:
+        from fewbits.graph.operands import parameter
+
+        return parameter(self.model, name)
+
+    # -- commits -----------------------------------------------------------------------------------------------------
+    def _snapshot(self, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return snapshot.take(self.model, self.attachment, names_in(self.model, unit), self.graph.sites_of(unit))
+
+    def _restore(self, sweep: int, index: int) -> None:
+        assert self.commits is not None
+        snapshot.put(self.model, self.attachment, *self.commits.read(sweep, index), device=self.device)
+
+    def outside(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Snapshot of what lies in no unit."""
+        return outside(self.model, self.attachment, self.graph, self.units)
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a resumed run to continue another."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "seed": self.seed,
+            "calibration": fingerprint(self.batches),
+            "model": model_fingerprint(self.model),
+            "units": [unit.name for unit in self.units],
+        }
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+    def _check_scheme(self) -> None:
+        context = ModelContext(self)
+        covered = [site for site in (*context.weights(), *context.activations())]
+        if not covered:
+            raise FewbitsError(f"{self.recipe.name}: the scheme covers no site of this model; see `fewbits inspect`")
+        for site in context.weights():
+            if site.param is None or site.view is None:
+                raise FewbitsError(f"{site.name} is computed in the forward, not stored; exclude it to keep it in floating point")
+        lost = [site.name for site in covered if not any(unit.contains(site.module) for unit in self.units)]
+        for name in lost:
+            self.note(f"{name} lies in no unit and stays floating point; name its module with `units` to quantize it")
+        for place in self.graph.opaque:
+            self.note(f"{place} hides its products behind one call and stays floating point inside")
+
+    def _check_complete(self) -> None:
+        """Every site of the scheme that lies in a unit must carry a quantizer now."""
+        context = ModelContext(self)
+        for site in (*context.weights(), *context.activations()):
+            inside = any(unit.contains(site.module) for unit in self.units)
+            if inside and self.attachment.quantizer(site.name) is None:
+                raise FewbitsError(f"{site.name}: the scheme quantizes this site but no step of {self.recipe.name} did")
+
+    def note(self, message: str) -> None:
+        if message not in self.notes:
+            self.notes.append(message)
+
+    def peak_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def close(self) -> None:
+        self.store.close()
+
+
+class Commits:
+    """Finished units on disk. A file appears whole or not at all, so a killed run leaves only finished units."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool) -> None:
+        self.folder = folder
+        state = folder / "run.json"
+        text = json.dumps(identity, sort_keys=True, indent=1)
+        if resume and state.is_file():
+            try:
+                before = json.loads(state.read_text())
+            except json.JSONDecodeError as error:
+                raise FewbitsError(f"{state}: damaged; delete {folder} and start again") from error
+            changed = [key for key in identity if before.get(key) != json.loads(text)[key]]
+            if changed:
+                raise FewbitsError(
+                    f"{folder} holds a run with another {' and '.join(changed)}; resume with the same settings, or use another folder"
+                )
+        else:
+            if folder.exists() and any(folder.glob("sweep*.safetensors")):
+                raise FewbitsError(f"{folder} holds another run's units; resume it, or use another folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = state.with_name(f".{state.name}.{os.getpid()}.part")
+            temporary.write_text(text)
+            os.replace(temporary, state)
+
+    def path(self, sweep: int, index: int) -> Path:
+        return self.folder / f"sweep{sweep}-unit{index:04d}.safetensors"
+
+    def has(self, sweep: int, index: int) -> bool:
+        return self.path(sweep, index).is_file()
+
+    def write(self, sweep: int, index: int, held: dict[str, Tensor], described: dict[str, Any]) -> None:
+        snapshot.write(self.path(sweep, index), held, described)
+
+    def read(self, sweep: int, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return snapshot.read(self.path(sweep, index))
+
+
+def outside(model: nn.Module, attachment: Attachment, graph: Graph, units: list[Unit]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Snapshot of the parameters and quantizers that lie in no unit."""
+    sites = [site for site in graph.sites.values() if not any(unit.contains(site.module) for unit in units)]
+    return snapshot.take(model, attachment, names_outside(model, units), sites)
+
+
+def fingerprint(batches: Sequence[Batch]) -> str:
+    """SHA-256 of the exact calibration tensors."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for tensor in tensors(batch):
+            digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of parameter names, shapes and a sample of each one's values (names and shapes only on the meta device)."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, value in model.state_dict().items():
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        if value.numel() and not value.is_meta:
+            flat = value.detach().reshape(-1)
+            step = max(1, flat.numel() // 1024)
+            digest.update(flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _first_sample(batch: Batch) -> Batch:
+    size = batch_size(batch)
+    return map_tensors(lambda t: t[:1] if t.dim() and t.shape[0] == size else t, batch)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Key-value caches off: a cached unit could not be run twice on the same inputs."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        if before:
+            config.use_cache = before  # type: ignore[union-attr]

@@ -1,0 +1,169 @@
+"""Where float weights come from: a model in memory, or safetensors files read a unit at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fewbits.engine.store import ActivationStore
+from fewbits.errors import FewbitsError
+from fewbits.graph import operands
+from fewbits.graph.types import Unit
+
+
+def names_in(model: nn.Module, unit: Unit) -> list[str]:
+    """Names of the parameters and persistent buffers under a unit, shared ones under each of their names."""
+    prefix = f"{unit.name}." if unit.name else ""
+    return [prefix + name for name in model.get_submodule(unit.name).state_dict(keep_vars=True)]
+
+
+def names_outside(model: nn.Module, units: list[Unit]) -> list[str]:
+    """Names of the parameters and persistent buffers that lie in no unit."""
+    return [
+        name for name in model.state_dict(keep_vars=True) if not any(unit.contains(name.rpartition(".")[0]) for unit in units)
+    ]
+
+
+class Source(ABC):
+    """Float weights of the units, brought in and let go as the sweep moves."""
+
+    streamed = False
+
+    @abstractmethod
+    def bring_in(self, unit: Unit) -> None:
+        """Make the unit's parameters real, with their float values when this is the first time."""
+
+    @abstractmethod
+    def let_go(self, unit: Unit) -> None:
+        """The unit is not needed for now."""
+
+    @abstractmethod
+    def remember(self, unit: Unit) -> None:
+        """Keep the unit's float values for `recall`, before anything changes them."""
+
+    @abstractmethod
+    def recall(self, unit: Unit) -> dict[str, Tensor]:
+        """The unit's float values by name."""
+
+
+class InMemory(Source):
+    """A model that is there as a whole. Float copies are kept in the activation store, under its budget."""
+
+    def __init__(self, model: nn.Module, store: ActivationStore) -> None:
+        self.model = model
+        self.store = store
+
+    def bring_in(self, unit: Unit) -> None:
+        pass
+
+    def let_go(self, unit: Unit) -> None:
+        pass
+
+    def remember(self, unit: Unit) -> None:
+        values = {name: operands.parameter(self.model, name).detach().cpu().clone() for name in names_in(self.model, unit)}
+        self.store.put(("parameters", unit.name), values)
+
+    def recall(self, unit: Unit) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = self.store.get(("parameters", unit.name))
+        return values
+
+
+class Streamed(Source):
+    """A model on the meta device whose weights lie in safetensors files under the model's own parameter names.
+
+    Parameters outside the units are loaded once; a unit's only while it is processed. Raises `FewbitsError` for a folder without
+    safetensors files, a damaged file, or a parameter no file holds.
+    """
+
+    streamed = True
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.folder = Path(folder)
+        self.dtype = dtype
+        self.files: dict[str, Path] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as handle:
+                    self.files.update(dict.fromkeys(handle.keys(), path))
+            except SafetensorError as error:
+                raise FewbitsError(f"{path}: damaged or truncated ({error})") from error
+        if not self.files:
+            raise FewbitsError(f"{self.folder}: no safetensors files to stream weights from")
+
+    def open(self, model: nn.Module, units: list[Unit], device: torch.device) -> None:
+        """Load everything outside the units and remember which places share a parameter."""
+        self.model = model
+        self.device = device
+        self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for name, param in module._parameters.items():
+                if param is not None:
+                    self._slots.setdefault(id(param), []).append((module, name))
+        self._twins = {id(p): n for n, p in model.named_parameters()}
+        self._glue = set(names_outside(model, units))
+        self._kept = {id(operands.parameter(model, name)) for name in self._glue}
+        self._load([name for name in self._glue])
+        for name, buffer in list(model.named_buffers()):
+            if buffer.is_meta:
+                raise FewbitsError(
+                    f"buffer {name} has no values: build the model with real buffers (only its parameters on the meta device) to stream it"
+                )
+
+    def bring_in(self, unit: Unit) -> None:
+        self._load([name for name in names_in(self.model, unit) if operands.parameter(self.model, name).is_meta])
+
+    def let_go(self, unit: Unit) -> None:
+        for name in names_in(self.model, unit):
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            held = module._parameters.get(leaf)
+            if held is not None and id(held) not in self._kept:
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(held, device="meta"), requires_grad=False)
+
+    def remember(self, unit: Unit) -> None:
+        pass
+
+    def recall(self, unit: Unit) -> dict[str, Tensor]:
+        return self.read([name for name in names_in(self.model, unit) if name in self.files])
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self.files:
+                raise FewbitsError(f"{self.folder}: no file holds the parameter {name}")
+            by_file.setdefault(self.files[name], []).append(name)
+        out: dict[str, Tensor] = {}
+        for path, wanted in by_file.items():
+            with safe_open(path, "pt") as handle:
+                for name in wanted:
+                    value = handle.get_tensor(name)
+                    out[name] = value.to(self.dtype) if value.is_floating_point() else value
+        return out
+
+    def _load(self, names: list[str]) -> None:
+        wanted: dict[str, int] = {}
+        for name in names:
+            held = operands.parameter(self.model, name)
+            if held.is_meta and id(held) not in wanted.values():
+                wanted[name] = id(held)
+        # A tied parameter may be stored under another of its names.
+        stored = {name: name if name in self.files else self._twins.get(key, name) for name, key in wanted.items()}
+        values = self.read(stored.values())
+        for name, key in wanted.items():
+            new = nn.Parameter(values[stored[name]].to(self.device), requires_grad=False)
+            kept = key in self._kept
+            slots = self._slots.get(key)
+            if slots is None:  # a parameter that was let go before
+                path, _, leaf = name.rpartition(".")
+                slots = [(self.model.get_submodule(path), leaf)]
+            for module, leaf in slots:
+                module._parameters[leaf] = new
+            if kept:
+                self._kept.add(id(new))
+            else:
+                self._slots.pop(key, None)

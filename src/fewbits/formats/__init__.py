@@ -1,0 +1,55 @@
+"""Number grids, how finely their parameters vary, and what they cost to store."""
+
+from fewbits.formats.apply import decode, encode, expand_params, quantize, storage_bits
+from fewbits.formats.base import Format, Params, ParamSpec, format_from_dict
+from fewbits.formats.codebook import Codebook
+from fewbits.formats.fp8 import Float8
+from fewbits.formats.granularity import (
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerHead,
+    PerTensor,
+    PerToken,
+    granularity_from_dict,
+)
+from fewbits.formats.log import Log2, LogSqrt2
+from fewbits.formats.packing import pack_codes, unpack_codes
+from fewbits.formats.power_of_two import PowerOfTwo, snap_to_power_of_two
+from fewbits.formats.rounding import round_to_integer
+from fewbits.formats.ternary import Ternary
+from fewbits.formats.uniform import Uniform, affine, gptq_grid, raw_affine, symmetric
+
+__all__ = [
+    "Codebook",
+    "Float8",
+    "Format",
+    "Granularity",
+    "Log2",
+    "LogSqrt2",
+    "ParamSpec",
+    "Params",
+    "PerChannel",
+    "PerGroup",
+    "PerHead",
+    "PerTensor",
+    "PerToken",
+    "PowerOfTwo",
+    "Ternary",
+    "Uniform",
+    "affine",
+    "decode",
+    "encode",
+    "expand_params",
+    "format_from_dict",
+    "gptq_grid",
+    "granularity_from_dict",
+    "pack_codes",
+    "quantize",
+    "raw_affine",
+    "round_to_integer",
+    "snap_to_power_of_two",
+    "storage_bits",
+    "symmetric",
+    "unpack_codes",
+]

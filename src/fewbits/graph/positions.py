@@ -1,0 +1,117 @@
+"""Tags that tell where in the network a site lies: layer inputs, matmul operands, first and last layers, layer outputs.
+
+`layer_input` and `matmul_operand` are where most papers put activation quantizers. `layer_output` is the other placement: after a
+layer's normalisation and activation, and after a residual add's activation instead of on the two branches before it (BRECQ's
+blocks). `first_layer` and `last_layer` have no weighted layer before or after them; `lm_head` is a last layer that gives one row of
+logits per input token.
+"""
+
+from __future__ import annotations
+
+from fewbits.graph.ops import ACTIVATIONS, IDENTITY, MATMUL, NORMS
+from fewbits.graph.flow import Flow
+from fewbits.graph.types import Call, Graph, Site
+
+_FOLLOWS = frozenset((*NORMS, *ACTIVATIONS))
+
+
+def tag_positions(graph: Graph, sites: dict[str, Site]) -> None:
+    """Add the position tags to `sites`, in place."""
+    flow = graph.flow
+    weighted = [call for call in graph.calls if flow.is_weighted(call)]
+    layers = [call for call in weighted if call.op != "embedding"]
+    first = _without_earlier(graph, weighted)
+    last = _without_later(graph, flow, layers)
+    tokens = {value for value in graph.inputs if not graph.values[value].dtype.is_floating_point}
+    embedded = any(
+        call.op == "embedding" and any(ref.value in tokens for ref in call.refs()) for call in weighted
+    )
+    outputs = {layer_output(graph, flow, call) for call in layers if call.index not in last}
+    by_call: dict[int, list[Site]] = {}
+    for site in sites.values():
+        by_call.setdefault(site.call, []).append(site)
+    layer_calls = {call.index: call for call in layers}
+    for index, held in by_call.items():
+        call = graph.calls[index]
+        tags: set[str] = set()
+        if index in first and call.op != "embedding":
+            tags.add("first_layer")
+        if index in last:
+            tags.add("last_layer")
+            if embedded and len(graph.values[call.outputs[0]].shape) >= 3:
+                tags.add("lm_head")
+        for site in held:
+            own = set(tags)
+            if index in layer_calls and site.role == "input":
+                own.add("layer_input")
+            if call.op in MATMUL and site.role in ("lhs", "rhs"):
+                own.add("matmul_operand")
+            if site.role == "output" and index in outputs:
+                own.add("layer_output")
+            site.tags = site.tags | own
+
+
+def layer_output(graph: Graph, flow: Flow, call: Call) -> int:
+    """The call whose output stands for a layer's output: past its norm, activation and residual add where these follow alone."""
+    current = call
+    while True:
+        after = _sole_reader(graph, current)
+        if after is None:
+            return current.index
+        if after.op in _FOLLOWS or after.op == "add" and flow.is_residual(after):
+            current = after
+            continue
+        return current.index
+
+
+def following_activation(graph: Graph, call: Call) -> Call | None:
+    """The activation call that alone reads a layer's output (through a norm too), if there is one."""
+    current = call
+    while (after := _sole_reader(graph, current)) is not None:
+        if after.op in ACTIVATIONS:
+            return after
+        if after.op not in NORMS:
+            return None
+        current = after
+    return None
+
+
+def _sole_reader(graph: Graph, call: Call) -> Call | None:
+    readers = graph.consumers.get(call.outputs[0], [])
+    if len(readers) != 1:
+        return None
+    reader = graph.calls[readers[0]]
+    if reader.op in IDENTITY:
+        return _sole_reader(graph, reader)
+    return reader
+
+
+def _without_earlier(graph: Graph, weighted: list[Call]) -> set[int]:
+    """Weighted calls whose inputs depend on no other weighted call."""
+    marks = {call.index for call in weighted}
+    depends: set[int] = set()
+    first: set[int] = set()
+    for call in graph.calls:
+        earlier = any(ref.value in depends for ref in call.refs())
+        if call.index in marks and not earlier:
+            first.add(call.index)
+        if earlier or call.index in marks:
+            depends.update(call.outputs)
+    return first
+
+
+def _without_later(graph: Graph, flow: Flow, layers: list[Call]) -> set[int]:
+    """Layers whose outputs reach no other layer and no product of activations."""
+    marks = {call.index for call in layers}
+    leads: set[int] = set()  # values that lead to a layer
+    last: set[int] = set()
+    for call in reversed(graph.calls):
+        later = any(value in leads for value in call.outputs)
+        product = call.op in MATMUL and call.key is not None
+        if call.index in marks and not later:
+            last.add(call.index)
+        if later or call.index in marks or product:
+            leads.update(ref.value for ref in call.refs())
+    return last
+
+

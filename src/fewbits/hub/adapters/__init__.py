@@ -1,0 +1,1 @@
+"""One file per model library: its own loader in, a LoadedModel out."""

@@ -1,0 +1,1 @@
+"""Packed weights and the code that multiplies with them."""

@@ -1,0 +1,43 @@
+"""Scheme lines that several papers share: which sites hold weights and activations, and how they are usually quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fewbits.formats import Format, Granularity, PerChannel, PerGroup, PerToken, symmetric
+from fewbits.ranges import AbsMax, Range
+from fewbits.recipe import Bits, QSpec, Rule
+
+#: Tags of weights that stay floating point in the language-model papers: lookup tables and the head.
+EMBEDDING = frozenset({"embedding"})
+HEAD = frozenset({"embedding", "lm_head"})
+
+
+def weight_rules(bits: Bits, fmt: Format, range_: Range, *, without: frozenset[str] = EMBEDDING, granularity: Granularity | None = None) -> tuple[Rule, ...]:
+    """One grid per output row, or per row and group where the bits name a group; no rule where weights stay floating point."""
+    if bits.weight is None:
+        return ()
+    if granularity is None:
+        granularity = PerGroup(bits.group, -1) if bits.group else PerChannel(0)
+    return (Rule(QSpec(fmt, granularity, range_), roles=("weight",), without=without),)
+
+
+def token_rules(bits: Bits, *, without: frozenset[str] = frozenset()) -> tuple[Rule, ...]:
+    """Inputs of weighted layers on a symmetric grid per token, fitted on every call."""
+    if bits.activation is None:
+        return ()
+    spec = QSpec(symmetric(bits.activation), PerToken(-1), AbsMax(), dynamic=True)
+    return (Rule(spec, roles=("input",), tags=frozenset({"layer_input"}), without=without),)
+
+
+def input_rules(spec: QSpec, *, matmuls: bool = True, without: frozenset[str] = frozenset()) -> tuple[Rule, ...]:
+    """Inputs of weighted layers, and with `matmuls` both operands of attention products."""
+    rules = [Rule(spec, roles=("input",), tags=frozenset({"layer_input"}), without=without)]
+    if matmuls:
+        rules.append(Rule(spec, roles=("lhs", "rhs"), tags=frozenset({"matmul_operand"}), without=without))
+    return tuple(rules)
+
+
+def at_bits(spec: QSpec, bits: int) -> QSpec:
+    """The same quantizer at another width."""
+    return dataclasses.replace(spec, format=dataclasses.replace(spec.format, bits=bits))

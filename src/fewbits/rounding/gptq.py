@@ -1,0 +1,327 @@
+"""The blocked Cholesky column solver: round one input column, let the columns still to come absorb its error.
+
+GPTQ (Frantar et al., ICLR 2023), algorithm 1 and section 3.3. All rows share one column order, so the inverse Hessians that
+greedy OBQ downdates row by row are the rows of a single triangular factor U with U^T U = H^-1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import FewbitsError
+from fewbits.formats import Format, Params, ParamSpec, PerChannel, PerTensor
+from fewbits.rounding.precision import full_float32
+
+if TYPE_CHECKING:
+    from fewbits.ranges import Range
+
+ESCALATION = 10.0  # factor on the damping after a failed factorisation
+ATTEMPTS = 16
+
+
+class Solution(NamedTuple):
+    """What the solver found; columns are in the order of the weight that came in.
+
+    weight: float32 [out, in] ([batch, out, in]), every entry on its row's or group's grid:
+        `weight == decode_columns(fmt, codes, params, group_index)` exactly.
+    codes: integers, shape of the weight.
+    params: shape [..., out, 1], with groups [..., out, groups]; given params as they came.
+    group_index: int64 [..., in], the group of every column, or None without groups. It is j // group_size unless act-order
+        runs with dynamic groups, where a group holds columns that were processed together.
+    loss: [] ([batch]), sum of (w - q)^2 / (2 d^2): half of trace((W-Q) H_damped (W-Q)^T) where no column is dead.
+    damping: [] ([batch]), the relative damping that worked (larger than asked where a factorisation failed).
+    no_data: bool [] ([batch]), H was all zero: plain round-to-nearest of the weight, loss 0.
+    """
+
+    weight: Tensor
+    codes: Tensor
+    params: Params
+    group_index: Tensor | None
+    loss: Tensor
+    damping: Tensor
+    no_data: Tensor
+
+
+@torch.no_grad()
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    fmt: Format,
+    range_: Range | None,
+    *,
+    group_size: int | None = None,
+    block_size: int = 128,
+    damping: float = 0.01,
+    act_order: bool = False,
+    static_groups: bool = False,
+    stale_groups: bool = True,
+    params: Params | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Solution:
+    """Quantize a weight matrix so that its output on the calibration inputs changes least.
+
+    weight: [out, in], or [batch, out, in] to solve several matrices of one shape at once (groups of a convolution,
+        experts); any float dtype. hessian: [in, in] ([batch, in, in]), see `HessianAccumulator`. Neither is changed.
+    fmt, range_: the grid and how it is fitted, per row or per row and group of `group_size` consecutive columns (a last
+        shorter group is fine). `params` gives a fixed grid instead (a codebook, a shared scale): [out, 1], or
+        [out, groups] with group_size ([batch, out, ...] for a batch), or one for the whole weight; wide parameters have
+        their axis in front. Nothing is fitted then.
+    block_size: columns per lazy batch update; only speed depends on it, unless stale dynamic groups are used.
+    damping: added to the diagonal as a share of its mean (0.01). Where the factorisation fails it grows tenfold per retry.
+    act_order: process columns by descending diagonal of H. static_groups: fit all groups on the incoming weight, by
+        original column. Otherwise a group is fitted when the sweep reaches it: with stale_groups on the weights as
+        of the start of the block (the published code), else on the fully updated weights.
+    dtype: arithmetic of the sweep, float32 (published) or float64.
+
+    Dead inputs (zero diagonal) get weight 0 before groups are fitted; per-row grids are fitted before that, as published.
+    Raises FewbitsError on wrong shapes, NaN or infinity, or an H no damping can repair.
+    """
+    w, h = _checked(weight, hessian, dtype)
+    if group_size is not None and group_size < 1:
+        raise FewbitsError(f"gptq: group_size={group_size}; give a number of columns, or None for one grid per row")
+    if block_size < 1 or damping < 0:
+        raise FewbitsError(f"gptq: block_size={block_size}, damping={damping}; need block_size >= 1 and damping >= 0")
+    batch, out, columns = w.shape
+    lead = (batch, out) if weight.ndim == 3 else (out,)
+    grid = _Grid(fmt, range_, group_size, columns)
+    if params is not None:
+        grid.use(params, lead)
+    elif group_size is None:
+        grid.fit(w)
+
+    diagonal = torch.diagonal(h, dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    no_data = dead.all(-1)
+    # Without any data H becomes the identity, under which the sweep is round-to-nearest of the weight, kept as it is.
+    w.masked_fill_((dead & ~no_data[:, None])[:, None, :], 0)
+    diagonal.add_(dead)
+    if params is None and group_size is not None and static_groups:
+        grid.fit(w)
+
+    order = back = None
+    if act_order:
+        order = diagonal.argsort(dim=-1, descending=True, stable=True)
+        back = order.argsort(dim=-1)
+        w = w.gather(2, order[:, None, :].expand_as(w))
+        h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
+    with full_float32(w.device):
+        u, used = inverse_factor(h, damping)
+        q, codes, loss = _sweep(w, u, grid, order, block_size, stale_groups)
+    group_index = grid.group_index(back, batch, w.device)
+    if back is not None:
+        index = back[:, None, :].expand(batch, out, columns)
+        q, codes = q.gather(2, index), codes.gather(2, index)
+    loss = loss.masked_fill(no_data, 0)
+    stored = params if params is not None else grid.stored(lead)
+    if weight.ndim == 2:
+        q, codes, loss, used, no_data = q[0], codes[0], loss[0], used[0], no_data[0]
+        group_index = None if group_index is None else group_index[0]
+    return Solution(q, codes, stored, group_index, loss, used, no_data)
+
+
+def decode_columns(fmt: Format, codes: Tensor, params: Params, group_index: Tensor | None) -> Tensor:
+    """The weight that a `Solution`'s codes stand for, float32, shape of the codes."""
+    spread = {}
+    for spec in fmt.param_specs():
+        value = params[spec.name]
+        if _is_whole(value, spec):
+            spread[spec.name] = PerTensor().expand(value, codes.shape)
+        elif group_index is None:
+            spread[spec.name] = value
+        else:
+            index = group_index.unsqueeze(-2).expand(codes.shape)
+            spread[spec.name] = value.gather(-1, index.expand(*value.shape[:-1], -1))
+    return fmt.decode(codes, spread)
+
+
+def inverse_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Upper U [batch, n, n] with U^T U = (H + damping mean(diag H) I)^-1, and the damping [batch] that made it possible.
+
+    H = R R^T with R upper triangular is an ordinary Cholesky factorisation of H with rows and columns reversed, and U is
+    R^-1: the factor of the inverse without ever forming the inverse, which would lose half the digits.
+    Only the matrices that fail are retried, with ten times the damping each time.
+    """
+    batch, n, _ = h.shape
+    diagonal = torch.diagonal(h, dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1)
+    used = torch.full((batch,), damping, dtype=h.dtype, device=h.device)
+    eye = torch.eye(n, dtype=h.dtype, device=h.device)
+    u = torch.empty_like(h)
+    todo = torch.arange(batch, device=h.device)
+    for _ in range(ATTEMPTS):
+        shifted = h[todo].flip(-1, -2) + (used[todo] * mean[todo])[:, None, None] * eye
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).flip(-1, -2)
+        good = (info == 0) & torch.isfinite(inverse).all(-1).all(-1)
+        u[todo[good]] = inverse[good]
+        todo = todo[~good]
+        if not len(todo):
+            return u, used
+        used[todo] = torch.clamp(used[todo] * ESCALATION, min=torch.finfo(h.dtype).eps * n)
+    raise FewbitsError(
+        f"gptq: H cannot be factorised even with damping {used.max().item():.1e}; it is not a Gram matrix of finite inputs"
+    )
+
+
+def _checked(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Private copies [batch, out, in] and [batch, in, in] in the solve's dtype."""
+    columns = weight.shape[-1] if weight.ndim else 0
+    if weight.ndim not in (2, 3) or hessian.shape != (*weight.shape[:-2], columns, columns) or not weight.numel():
+        raise FewbitsError(
+            f"gptq: weight {tuple(weight.shape)} and H {tuple(hessian.shape)} do not fit; "
+            "expected [out, in] with [in, in], or [batch, out, in] with [batch, in, in], none of them empty"
+        )
+    w = weight.detach().to(dtype, copy=True)
+    h = hessian.detach().to(device=w.device, dtype=dtype, copy=True)
+    for name, value in (("weight", w), ("H", h)):
+        if not bool(value.isfinite().all()):
+            raise FewbitsError(
+                f"gptq: {name} holds NaN or infinity; check the model and the calibration data in float32"
+            )
+    return (w, h) if weight.ndim == 3 else (w[None], h[None])
+
+
+def _sweep(
+    w: Tensor, u: Tensor, grid: _Grid, order: Tensor | None, block_size: int, stale: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round all columns of w [batch, out, in] in order; dequantized and codes [batch, out, in], loss [batch]."""
+    batch, out, columns = w.shape
+    # Columns are the unit of work: laid out as rows, each is one contiguous run over all output rows.
+    w = w.transpose(1, 2).contiguous()
+    rounded: list[Tensor] = []
+    codes: list[Tensor] = []
+    loss = w.new_zeros(batch)
+    for start in range(0, columns, block_size):
+        end = min(start + block_size, columns)
+        block = w[:, start:end].clone()
+        errors = torch.empty_like(block)
+        for i in range(end - start):
+            at = start + i
+            if grid.starts_group(at):
+                stop = at + grid.width
+                if stale:
+                    fresh = w[:, at:stop]
+                else:
+                    # Columns past this block still lack the block's errors: bring just those up to date.
+                    beyond = w[:, end:stop] - u[:, start:at, end:stop].transpose(1, 2) @ errors[:, :i]
+                    fresh = torch.cat([block[:, i : stop - start], beyond], 1)
+                grid.grow(fresh.transpose(1, 2))
+            params = grid.column(at, order, out)
+            column = block[:, i].reshape(-1, 1)
+            code = grid.fmt.encode(column, params)
+            q = grid.fmt.decode(code, params)
+            error = (column - q).view(batch, out) / u[:, at, at, None]
+            block[:, i + 1 :].addcmul_(u[:, at, at + 1 : end, None], error[:, None, :], value=-1)
+            errors[:, i] = error
+            rounded.append(q)
+            codes.append(code)
+        loss += errors.square().sum((1, 2)) / 2
+        w[:, end:].baddbmm_(u[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
+    return torch.cat(rounded, 1).view(batch, out, columns), torch.cat(codes, 1).view(batch, out, columns), loss
+
+
+def _is_whole(value: Tensor, spec: ParamSpec) -> bool:
+    """Whether a parameter is one for the whole weight; wide parameters have their axis in front either way."""
+    return value.ndim == (spec.width > 1)
+
+
+class _Grid:
+    """Which grid a column is rounded on. The rows of all batch entries are stacked: [batch * out] of them.
+
+    `table` holds grids known before the sweep, [..., rows, groups] per parameter (or one for the whole weight); `grown` those
+    fitted during it, one [..., rows, 1] per group in processing order.
+    """
+
+    def __init__(self, fmt: Format, range_: Range | None, width: int | None, columns: int) -> None:
+        self.fmt, self.range = fmt, range_
+        self.width = width or columns
+        self.grouped = width is not None
+        self.columns = columns
+        self.table: Params | None = None
+        self.grown: list[Params] = []
+
+    def use(self, params: Params, lead: tuple[int, ...]) -> None:
+        """Take fixed params of a weight whose rows have the axes `lead`."""
+        self.fmt.check_params(params, "gptq")
+        expected = (*lead, -(-self.columns // self.width))
+        table = {}
+        for spec in self.fmt.param_specs():
+            value = params[spec.name]
+            whole = _is_whole(value, spec)
+            if not whole and value.shape[-len(expected) :] != expected:
+                raise FewbitsError(
+                    f"gptq: params[{spec.name!r}] has shape {tuple(value.shape)}; a weight with {self.columns} columns in "
+                    f"groups of {self.width} needs [..., {', '.join(map(str, expected))}]"
+                )
+            table[spec.name] = value if whole else value.flatten(-len(expected), -2)
+        self.table = table
+
+    def fit(self, w: Tensor) -> None:
+        """Fit every group on w [batch, out, in] now."""
+        self.table = self._join([self._fit(part) for part in w.split(self.width, dim=2)])
+
+    def starts_group(self, at: int) -> bool:
+        return self.table is None and at % self.width == 0
+
+    def grow(self, w: Tensor) -> None:
+        self.grown.append(self._fit(w))
+
+    def column(self, at: int, order: Tensor | None, out: int) -> Params:
+        """Params that broadcast against [rows, 1], of the column processed at place `at`."""
+        current = self.grown[-1] if self.table is None else self.table
+        return {
+            spec.name: PerTensor().expand(value, (1, 1))
+            if _is_whole(value := current[spec.name], spec)
+            else self._pick(value, at, order, out)
+            for spec in self.fmt.param_specs()
+        }
+
+    def _pick(self, value: Tensor, at: int, order: Tensor | None, out: int) -> Tensor:
+        if self.table is None or not self.grouped:
+            return value
+        if order is None:
+            group = at // self.width
+            return value[..., group : group + 1]
+        # Every batch entry has its own order, so its rows may meet another group at the same place.
+        group_of_row = (order[:, at] // self.width).repeat_interleave(out)
+        rows = torch.arange(len(group_of_row), device=group_of_row.device)
+        return value[..., rows, group_of_row].unsqueeze(-1)
+
+    def group_index(self, back: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
+        """Group of every original column [batch, in]; `back` is the place at which each was processed."""
+        if not self.grouped:
+            return None
+        places = torch.arange(self.columns, device=device).expand(batch, -1)
+        if back is not None and self.table is None:
+            places = back
+        return places // self.width
+
+    def stored(self, lead: tuple[int, ...]) -> Params:
+        """Params with the rows unstacked: [..., out, groups] or [..., batch, out, groups]."""
+        table = self.table if self.table is not None else self._join(self.grown)
+        return {
+            spec.name: value if _is_whole(value := table[spec.name], spec) else value.unflatten(-2, lead)
+            for spec in self.fmt.param_specs()
+        }
+
+    def _fit(self, w: Tensor) -> Params:
+        if self.range is None:
+            raise FewbitsError("gptq: give a range to fit the grid with, or fixed params")
+        return self.range.fit(w.flatten(0, 1), self.fmt, PerChannel(0), check=False)
+
+    def _join(self, groups: list[Params]) -> Params:
+        joined = {}
+        for spec in self.fmt.param_specs():
+            values = [group[spec.name] for group in groups]
+            if not _is_whole(values[0], spec):
+                joined[spec.name] = torch.cat(values, -1)
+                continue
+            if not all(torch.equal(values[0], value) for value in values[1:]):
+                raise FewbitsError(
+                    f"gptq: {spec.name} of {self.fmt.kind} is one per tensor and cannot be fitted per group"
+                )
+            joined[spec.name] = values[0]
+        return joined

@@ -1,0 +1,135 @@
+"""The layer Hessian H = (2/N) sum x^T x that second-order rounding needs, and the input patches of convolutions.
+
+GPTQ (Frantar et al., ICLR 2023) and OBC (NeurIPS 2022): the squared output error of a linear layer, ||W X - Q X||^2, is a
+quadratic in each row of W - Q with this matrix, the same for all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbits.errors import FewbitsError
+from fewbits.rounding.precision import full_float32
+
+
+class HessianAccumulator:
+    """Running mean of 2 x^T x, one number of N per SAMPLE (sequence or image), not per token or position.
+
+    `columns` is the number of input columns of the weight matrix. With `groups` > 1 (grouped convolution, stacked
+    experts) one matrix per group is kept. The state is `dtype` (float32 as published, or float64) whatever the inputs are.
+    Nothing is read back to the host while adding.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        *,
+        groups: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.columns = columns
+        self.groups = groups
+        self.samples = 0
+        self._sum = torch.zeros(groups, columns, columns, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, *, samples: int | None = None) -> None:
+        """Take in a batch.
+
+        x: [N, ..., columns], or [N, groups, positions, columns] where the accumulator has groups (see `conv_patches`).
+        samples: how many sequences or images x stands for; N where not given. Needed where the first axis is not the
+        batch (windows of an image, tokens routed to an expert). N only sets the scale of H.
+        """
+        if x.shape[-1] != self.columns or (self.groups > 1 and (x.ndim != 4 or x.shape[1] != self.groups)):
+            expected = (
+                f"[N, {self.groups}, positions, {self.columns}]" if self.groups > 1 else f"[N, ..., {self.columns}]"
+            )
+            raise FewbitsError(f"Hessian: got an input of shape {tuple(x.shape)}, expected {expected}")
+        m = x.shape[0] if samples is None else samples
+        if m <= 0:
+            if x.numel():
+                raise FewbitsError(f"Hessian: samples={m} for a batch of shape {tuple(x.shape)}; give a positive count")
+            return
+        rows = x.transpose(0, 1).flatten(1, 2) if self.groups > 1 else x.reshape(1, -1, self.columns)
+        total = self.samples + m
+        rows = rows.to(device=self._sum.device, dtype=self._sum.dtype) * (2.0 / total) ** 0.5
+        with full_float32(self._sum.device):
+            # beta rescales the old mean in the same call: H <- H n/(n+m) + x^T x
+            self._sum.baddbmm_(rows.transpose(1, 2), rows, beta=self.samples / total)
+        self.samples = total
+
+    def merge(self, other: HessianAccumulator) -> None:
+        """Take in what another accumulator (another batch, another process) has seen."""
+        if other._sum.shape != self._sum.shape:
+            raise FewbitsError(
+                f"Hessian: cannot merge {tuple(other._sum.shape)} into {tuple(self._sum.shape)}; they are of other layers"
+            )
+        total = self.samples + other.samples
+        if other.samples:
+            theirs = other._sum.to(self._sum) * (other.samples / total)
+            self._sum.mul_(self.samples / total).add_(theirs)
+        self.samples = total
+
+    @property
+    def value(self) -> Tensor:
+        """H [columns, columns] ([groups, columns, columns]); all zero where nothing was added.
+
+        Raises FewbitsError where an input held NaN or infinity (any such entry shows on the diagonal).
+        """
+        if not bool(torch.diagonal(self._sum, dim1=-2, dim2=-1).isfinite().all()):
+            raise FewbitsError("Hessian: a calibration input holds NaN or infinity; check the model in float32")
+        return self._sum if self.groups > 1 else self._sum[0]
+
+
+def conv_patches(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The input patches a zero-padded convolution multiplies its flattened weight with.
+
+    x: [N, C, *spatial] for Conv1d, 2d or 3d, `kernel_size` one entry per spatial axis. Returns [N, positions, C*k]
+    (groups=1) or [N, groups, positions, C/groups*k], columns in the order of `weight.flatten(1)`. padding: as in
+    torch ("same" and "valid" included). Padding modes other than zeros: pad x first and pass 0.
+    """
+    dims = len(kernel_size)
+    if x.ndim != dims + 2:
+        raise FewbitsError(f"conv_patches: kernel {tuple(kernel_size)} needs an input of {dims + 2} axes, got {x.ndim}")
+    if x.shape[1] % groups:
+        raise FewbitsError(f"conv_patches: {x.shape[1]} channels do not divide into {groups} groups")
+    strides, dilations = _per_axis(stride, dims), _per_axis(dilation, dims)
+    spans = [d * (k - 1) for k, d in zip(kernel_size, dilations, strict=True)]
+    if padding == "same":
+        sides = [(span // 2, span - span // 2) for span in spans]
+    elif isinstance(padding, str):
+        if padding != "valid":
+            raise FewbitsError(f"conv_patches: padding={padding!r}; use a number, 'same' or 'valid'")
+        sides = [(0, 0)] * dims
+    else:
+        sides = [(p, p) for p in _per_axis(padding, dims)]
+    x = F.pad(x, [amount for side in reversed(sides) for amount in side])
+    for axis, (span, step, gap) in enumerate(zip(spans, strides, dilations, strict=True), start=2):
+        x = x.unfold(axis, span + 1, step)[..., ::gap]
+    # [N, C, *out, *kernel] -> [N, groups, positions, C/groups * kernel]
+    n, c = x.shape[:2]
+    out = x.shape[2 : 2 + dims]
+    x = x.reshape(n, groups, c // groups, *out, *kernel_size)
+    order = [0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
+    x = x.permute(order).reshape(n, groups, out.numel(), -1)
+    return x[:, 0] if groups == 1 else x
+
+
+def _per_axis(value: int | Sequence[int], dims: int) -> list[int]:
+    values = [value] * dims if isinstance(value, int) else list(value)
+    if len(values) != dims:
+        raise FewbitsError(f"conv_patches: {value} does not give one number for each of {dims} axes")
+    return values

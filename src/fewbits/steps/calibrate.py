@@ -1,0 +1,120 @@
+"""Put quantizers at the scheme's activation sites and find their parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fewbits.engine.context import UnitContext
+from fewbits.engine.statistics import Bounds, Statistic, Values
+from fewbits.graph.types import Site
+from fewbits.quantizer import Quantizer
+from fewbits.ranges import MinMax
+from fewbits.recipe import Step
+
+
+@dataclass(frozen=True)
+class CalibrateActivations(Step):
+    """Parameters from what each site carries when the unit runs in floating point on the regime's stream.
+
+    Ranges that need only minimum and maximum see all the data; others see the values of the first `samples` samples. Dynamic
+    quantizers need no data.
+    """
+
+    samples: int = 64
+
+    part: ClassVar[str] = "activations"
+    stage: ClassVar[int] = 20
+    streams: ClassVar[frozenset[str]] = frozenset({"prefix"})
+
+    def apply(self, unit: UnitContext) -> None:
+        static: list[tuple[Site, Quantizer, Statistic]] = []
+        for site in unit.activations():
+            spec = unit.spec(site)
+            assert spec is not None
+            quantizer = Quantizer(spec, site.name)
+            if spec.dynamic:
+                unit.set_quantizer(site, quantizer)
+                continue
+            whole = isinstance(spec.range, MinMax)
+            static.append((site, quantizer, Bounds(spec.granularity) if whole else Values(self.samples)))
+        if static:
+            unit.gather({site.name: [statistic] for site, _, statistic in static}, quantized=False)
+        for site, quantizer, statistic in static:
+            if isinstance(statistic, Bounds):
+                lo, hi = statistic.value()
+                quantizer.set_params(quantizer.spec.range.fit_bounds(lo, hi, quantizer.spec.format))
+            else:
+                quantizer.calibrate(statistic.value())
+            unit.set_quantizer(site, quantizer)
+
+
+@dataclass(frozen=True)
+class AttachDynamic(Step):
+    """Quantizers that fit their parameters on every call (per token); needs no data."""
+
+    part: ClassVar[str] = "activations"
+    stage: ClassVar[int] = 20
+
+    def apply(self, unit: UnitContext) -> None:
+        for site in unit.activations():
+            spec = unit.spec(site)
+            assert spec is not None
+            unit.set_quantizer(site, Quantizer(spec, site.name))
+
+
+@dataclass(frozen=True)
+class CalibrateInline(Step):
+    """One forward with every quantizer active, each fitted on the first tensor it sees.
+
+    Later sites are thus calibrated on already quantized inputs, weights included (RepQ-ViT section 4.1, BRECQ's activation stage).
+    `samples` samples form the one batch. With `weights` the weights are quantized to the nearest meanwhile, in the forward only.
+    """
+
+    samples: int = 32
+    weights: bool = True
+    late: bool = False  # after the weights of every unit are final
+
+    part: ClassVar[str] = "activations"
+    streams: ClassVar[frozenset[str]] = frozenset({"prefix"})
+
+    @property
+    def stage(self) -> int:  # type: ignore[override]
+        return 45 if self.late else 20
+
+    @property
+    def new_sweep(self) -> bool:  # type: ignore[override]
+        return self.late
+
+    def apply(self, unit: UnitContext) -> None:
+        attachment = unit.attachment
+        if self.weights:
+            for site in unit.weights():
+                spec = unit.spec(site)
+                assert spec is not None
+                quantizer = Quantizer(spec, site.name)
+                quantizer.calibrate(unit.weight(site))
+                unit.set_quantizer(site, quantizer)
+        pending: set[str] = set()
+        for site in unit.activations():
+            spec = unit.spec(site)
+            assert spec is not None
+            unit.set_quantizer(site, Quantizer(spec, site.name))
+            if not spec.dynamic:
+                pending.add(site.name)
+        if not pending:
+            return
+        inputs = unit.inputs()
+        count = min(self.samples, inputs.count)
+        args, kwargs = inputs.rows(torch.arange(count))
+        attachment.calibrating = pending
+        try:
+            with torch.no_grad():
+                unit.forward(args, kwargs)
+        finally:
+            missed, attachment.calibrating = attachment.calibrating, set()
+        for name in sorted(missed):
+            unit.note(f"{name} was not reached by the calibration batch and stays floating point")
+            unit.set_quantizer(unit.graph.sites[name], None)
