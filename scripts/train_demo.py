@@ -1,27 +1,31 @@
 """Make the demo models and their data: what src/fewbits/demo/ ships comes out of this script.
 
-    python scripts/train_demo.py corpus                # here: the standard library's text -> .demo/corpus.safetensors
-    python scripts/train_demo.py text --device cuda    # the language model (minutes on one GPU)
-    python scripts/train_demo.py digits                # the vision model (minutes on a CPU)
+    python scripts/train_demo.py corpus                # the standard library's text -> .demo/corpus.safetensors
+    python scripts/train_demo.py text --device cuda    # the language model (3 minutes on one H100)
+    python scripts/train_demo.py digits --device cuda  # the vision model (one minute)
     python scripts/train_demo.py ship                  # float16 weights, data and metadata -> src/fewbits/demo/
 
-Text: every `.py` file of the running Python's standard library (Python 3.11.7 for the shipped weights), in sorted order, except
-the character tables in `encodings/`. Four files in a hundred (tests aside), chosen by the hash of their path, are held out; windows of 257
-bytes drawn from them with a fixed seed, half of them each, become the calibration and the evaluation data. The rest is trained on.
-Digits: scikit-learn's copy of the UCI handwritten digits (1797 images of 8 x 8 pixels with 17 grey levels), split in the data
-set's own order, in which the last third was written by people who wrote none of the first.
+Text: every `.py` file of the running Python's standard library (Python 3.11.7 for the shipped weights), in sorted
+order, except the character tables in `encodings/`. Four files in a hundred (tests aside), chosen by the hash of their
+path, are held out; windows of 257 bytes drawn from them with a fixed seed, half of them each, become the calibration
+and the evaluation data. The rest is trained on.
+Digits: scikit-learn's copy of the UCI handwritten digits (1797 images of 8 x 8 pixels with 17 grey levels), split in
+the data set's own order and not at random, because neighbouring images are often by the same hand.
 
-Everything is seeded. bfloat16 kernels differ between GPUs, so another card gives weights of the same quality, not the same bits.
+Everything is seeded. bfloat16 kernels differ between GPUs, so another card gives weights of the same quality, not the
+same bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
 import os
 import platform
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +36,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewbits.demo.model import ByteLM, DigitViT, ImageConfig, TextConfig
+from fewbits.demo.model import ByteLM, DigitViT, ImageConfig, TextConfig, normalise
 
 WORK = Path(".demo")
 PACKAGE = Path("src/fewbits/demo")
@@ -41,7 +45,9 @@ WINDOWS = 256  # of each of the two held-out sets
 
 
 def held_out(path: str) -> bool:
-    """Whether a standard library file (posix path relative to the library) is kept from training: 4 in 100, no tests."""
+    """Whether a standard library file (posix path relative to the library) is kept from training: 4 in 100, no
+    tests.
+    """
     return "test" not in path and int(hashlib.sha256(path.encode()).hexdigest(), 16) % 100 < 4
 
 
@@ -51,7 +57,9 @@ def read_corpus() -> tuple[bytes, list[tuple[str, bytes]]]:
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     files = [f for f in files if "site-packages" not in f and not f.startswith("encodings/")]
     train = [f for f in files if not held_out(f)]
-    return b"\n".join((root / f).read_bytes() for f in train), [(f, (root / f).read_bytes()) for f in files if held_out(f)]
+    return b"\n".join((root / f).read_bytes() for f in train), [
+        (f, (root / f).read_bytes()) for f in files if held_out(f)
+    ]
 
 
 def corpus() -> None:
@@ -111,9 +119,9 @@ def bits_per_byte(model: nn.Module, windows: Tensor) -> float:
 
 @torch.no_grad()
 def rounded(model: nn.Module, bits: int) -> nn.Module:
-    """A copy whose block weights are rounded to the nearest of 2^bits levels between each row's smallest and largest."""
-    import copy
-
+    """A copy whose block weights are rounded to the nearest of 2^bits levels between each row's smallest and
+    largest.
+    """
     model = copy.deepcopy(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.startswith("blocks."):
@@ -156,11 +164,19 @@ def text(args: argparse.Namespace) -> None:
         optim.zero_grad(set_to_none=True)
         if step % max(1, args.steps // 20) == 0 or step == args.steps - 1:
             progress(args.name, curve, step, start, loss.item() / math.log(2), bits_per_byte(model, data["eval"][:64]))
-    store(model, config.to_dict(), training_record(args, start, curve), args.name, lambda m: bits_per_byte(m, data["eval"]))
+    store(
+        model,
+        config.to_dict(),
+        training_record(args, start, curve),
+        args.name,
+        lambda m: bits_per_byte(m, data["eval"]),
+    )
 
 
 def digits_data() -> dict[str, Tensor]:
-    """Images [n, 8, 8] uint8 in 0..16 and labels [n] uint8; the first two thirds to train on, the rest to evaluate on."""
+    """Images [n, 8, 8] uint8 in 0..16 and labels [n] uint8; the first two thirds to train on, the rest to evaluate
+    on.
+    """
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -173,11 +189,6 @@ def digits_data() -> dict[str, Tensor]:
         "eval_images": images[split:],
         "eval_labels": labels[split:],
     }
-
-
-def pixels(images: Tensor) -> Tensor:
-    """Grey levels 0..16 [n, 8, 8] -> model input [n, 1, 8, 8]."""
-    return (images.float()[:, None] - 4.9) / 6.0
 
 
 def moved(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -202,8 +213,8 @@ def digits(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     data = {key: value.to(device) for key, value in digits_data().items()}
-    images, labels = pixels(data["train_images"]), data["train_labels"].long()
-    test, answers = pixels(data["eval_images"]), data["eval_labels"].long()
+    images, labels = normalise(data["train_images"]), data["train_labels"].long()
+    test, answers = normalise(data["eval_images"]), data["eval_labels"].long()
     config = replace(ImageConfig(), width=args.width, depth=args.depth)
     model = DigitViT(config).to(device)
     optim = optimiser(model, args.lr, args.decay)
@@ -242,16 +253,43 @@ def store(model: nn.Module, config: dict[str, Any], training: dict[str, Any], na
     print(name, json.dumps(measured), flush=True)
     out = Path(os.environ.get("OUT", WORK))
     save_file({k: v.half().cpu().contiguous() for k, v in model.state_dict().items()}, out / f"{name}.safetensors")
-    (out / f"{name}.json").write_text(json.dumps({"config": config, "training": training, "measured": measured}, indent=1))
+    (out / f"{name}.json").write_text(
+        json.dumps({"config": config, "training": training, "measured": measured}, indent=1)
+    )
+
+
+LICENCES = {
+    "text": "Text of the Python standard library, Python Software Foundation License Version 2 (PYTHON-LICENSE.txt).",
+    "digits": "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, "
+    "CC BY 4.0.",
+}
+
+
+def ship() -> None:
+    """Put weights, data and metadata of both models where the package reads them."""
+    for name in ("text", "digits"):
+        shutil.copyfile(WORK / f"{name}.safetensors", PACKAGE / f"{name}.safetensors")
+        record = json.loads((WORK / f"{name}.json").read_text())
+        (PACKAGE / f"{name}.json").write_text(json.dumps({**record, "data": LICENCES[name]}, indent=1) + "\n")
+    corpus = load_file(WORK / "corpus.safetensors")
+    save_file({key: corpus[key] for key in ("calibration", "eval")}, PACKAGE / "text-data.safetensors")
+    images = digits_data()
+    chosen = torch.randperm(len(images["train_images"]), generator=torch.Generator().manual_seed(0))[:256].sort().values
+    shipped = {f"calibration_{key}": images[f"train_{key}"][chosen] for key in ("images", "labels")}
+    shipped |= {f"eval_{key}": images[f"eval_{key}"].contiguous() for key in ("images", "labels")}
+    save_file(shipped, PACKAGE / "digits-data.safetensors")
+    total = sum(path.stat().st_size for path in PACKAGE.iterdir() if path.suffix in (".safetensors", ".json"))
+    print(f"{total / 1e6:.2f} MB shipped")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("corpus")
+    commands.add_parser("ship")
     for name, width, depth, steps, batch, lr, decay in (
         ("text", 128, 7, 10000, 256, 3e-3, 0.02),
-        ("digits", 64, 3, 4000, 128, 2e-3, 0.02),
+        ("digits", 64, 2, 8000, 128, 3e-3, 0.02),
     ):
         sub = commands.add_parser(name)
         sub.add_argument("--name", default=name)
@@ -264,7 +302,7 @@ def main() -> None:
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    {"corpus": lambda _: corpus(), "text": text, "digits": digits}[args.command](args)
+    {"corpus": lambda _: corpus(), "ship": lambda _: ship(), "text": text, "digits": digits}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def close(actual: Tensor, expected: Tensor, *, rtol: float = 0.0, atol: float = 
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False)
 
 
-# -- gptq ---------------------------------------------------------------------------------------------------------------------
+# -- gptq ------------------------------------------------------------------------------------------------------------
 
 
 def gptq_solver(data: dict) -> None:
@@ -108,7 +108,7 @@ def gptq_pack3(data: dict) -> None:
     close(data["scale"], data["packed_scales"])
 
 
-# -- smoothquant --------------------------------------------------------------------------------------------------------------
+# -- smoothquant -----------------------------------------------------------------------------------------------------
 
 
 def smoothquant_smooth(data: dict) -> None:
@@ -148,7 +148,7 @@ def simulated(x: Tensor, fmt: Uniform, gran: PerChannel | PerTensor | PerToken) 
     return nearest(x, fmt, gran, AbsMax().fit(x, fmt, gran))[0]
 
 
-# -- adaround -----------------------------------------------------------------------------------------------------------------
+# -- adaround --------------------------------------------------------------------------------------------------------
 
 
 def adaround_quantizer(data: dict) -> None:
@@ -198,7 +198,7 @@ def adaround_loss(data: dict) -> None:
     assert abs(float(loss) / data["recon_loss"] - 1) < 1e-5
 
 
-# -- brecq --------------------------------------------------------------------------------------------------------------------
+# -- brecq -----------------------------------------------------------------------------------------------------------
 
 
 def brecq_losses(data: dict) -> None:

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from formats_cases import FORMATS, FRACTIONAL, GRANULARITIES, KINDS, LOG, UNIFORM, make, tensors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -37,8 +36,10 @@ from fewbits.formats import (
     symmetric,
 )
 from fewbits.ranges import MinMax
+from formats_cases import FORMATS, FRACTIONAL, GRANULARITIES, KINDS, LOG, UNIFORM, make, tensors
 
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=50, deadline=None)
+granularities = st.sampled_from(list(GRANULARITIES.values()))
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
 every_granularity = pytest.mark.parametrize("gran", GRANULARITIES.values(), ids=GRANULARITIES.keys())
 
@@ -55,8 +56,7 @@ def zero_points_stay_exact(fmt: Format, params: dict[str, Tensor]) -> bool:
 
 
 @every_format
-@every_granularity
-@given(x=tensors())
+@given(x=tensors(), gran=granularities)
 @quick
 def test_codes_and_values_agree(fmt: Format, gran: Granularity, x: Tensor) -> None:
     params = fit(x, fmt, gran)
@@ -70,8 +70,7 @@ def test_codes_and_values_agree(fmt: Format, gran: Granularity, x: Tensor) -> No
 
 
 @every_format
-@every_granularity
-@given(x=tensors())
+@given(x=tensors(), gran=granularities)
 @quick
 def test_idempotent(fmt: Format, gran: Granularity, x: Tensor) -> None:
     params = fit(x, fmt, gran)
@@ -92,8 +91,7 @@ def test_idempotent(fmt: Format, gran: Granularity, x: Tensor) -> None:
 
 
 @every_format
-@every_granularity
-@given(x=tensors())
+@given(x=tensors(), gran=granularities)
 @quick
 def test_monotone(fmt: Format, gran: Granularity, x: Tensor) -> None:
     params = fit(x, fmt, gran)
@@ -127,7 +125,7 @@ def test_on_the_grid(fmt: Format, x: Tensor) -> None:
     value = quantize(x, fmt, gran, params)
     distance = (value.unsqueeze(-1) - grid.unsqueeze(1)).abs()
     assert bool((distance.min(dim=-1).values == 0).all())
-    if fmt in LOG.values() or isinstance(fmt, Ternary) or "floor" == getattr(fmt, "rounding", ""):
+    if fmt in LOG.values() or isinstance(fmt, Ternary) or getattr(fmt, "rounding", "") == "floor":
         return
     best = (x.double().unsqueeze(-1) - grid.double().unsqueeze(1)).abs().min(dim=-1).values
     slack = 1e-6 * (x.abs().double() + grid.abs().double().amax(dim=1, keepdim=True))
@@ -139,8 +137,7 @@ def test_on_the_grid(fmt: Format, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("fmt", UNIFORM.values(), ids=UNIFORM.keys())
-@every_granularity
-@given(x=tensors())
+@given(x=tensors(), gran=granularities)
 @quick
 def test_uniform_error_bound(fmt: Uniform, gran: Granularity, x: Tensor) -> None:
     params = fit(x, fmt, gran)
@@ -157,10 +154,12 @@ def test_uniform_error_bound(fmt: Uniform, gran: Granularity, x: Tensor) -> None
     assert torch.equal(value[x <= low], low[x <= low])
     # values are whole numbers of steps away from the zero point
     whole = value / step + zero
-    assert bool(((whole - whole.round()).abs() <= 1e-3 * (1 + zero.abs())).all())
+    assert bool(((whole - whole.round()).abs() <= 1e-3 * (1 + zero.abs()) + 1e-6 * whole.abs()).all())
 
 
-@pytest.mark.parametrize("name", ["affine-4", "affine-8", "gptq", "symmetric-4", "symmetric-8", "gptq-sym", "power-of-two-ceil"])
+@pytest.mark.parametrize(
+    "name", ["affine-4", "affine-8", "gptq", "symmetric-4", "symmetric-8", "gptq-sym", "power-of-two-ceil"]
+)
 @given(x=tensors())
 @quick
 def test_minmax_covers_the_values(name: str, x: Tensor) -> None:
@@ -189,7 +188,9 @@ def test_zero_blocks_stay_zero(fmt: Format, gran: Granularity) -> None:
     assert torch.equal(quantize(x, fmt, gran, fit(x, fmt, gran)), x)
 
 
-@pytest.mark.parametrize("name", ["affine-4", "affine-eps", "raw", "symmetric-4", "gptq", "real-raw", "codebook", "e4m3", "ternary"])
+@pytest.mark.parametrize(
+    "name", ["affine-4", "affine-eps", "raw", "symmetric-4", "gptq", "real-raw", "codebook", "e4m3", "ternary"]
+)
 @pytest.mark.parametrize("constant", [3.7, -0.02, 1e30, -1e-15])
 def test_constant_blocks_keep_their_value(name: str, constant: float) -> None:
     x = torch.full((2, 6), constant)
@@ -205,7 +206,9 @@ def test_constant_blocks_keep_their_value(name: str, constant: float) -> None:
 def test_nan_and_infinity_at_run_time(fmt: Format) -> None:
     """Infinities take the end of the grid; NaN stays visible in values and has a valid code."""
     x = make("normal", (3, 8), 0)
-    params = {name: value.reshape(()) if value.numel() == 1 else value for name, value in fit(x, fmt, PerTensor()).items()}
+    params = {
+        name: value.reshape(()) if value.numel() == 1 else value for name, value in fit(x, fmt, PerTensor()).items()
+    }
     wild = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, -3e38])
     value = quantize(wild, fmt, PerTensor(), params)
     codes = encode(wild, fmt, PerTensor(), params)
@@ -271,14 +274,19 @@ def test_bad_descriptions_are_refused(data: object) -> None:
 def test_check_params_names_what_is_wrong() -> None:
     fmt = affine(4)
     good = {"scale": torch.ones(2), "zero_point": torch.zeros(2)}
-    for bad in ({"scale": torch.ones(2)}, {**good, "extra": torch.ones(2)}, {**good, "scale": torch.tensor([1.0, torch.nan])}):
+    for bad in (
+        {"scale": torch.ones(2)},
+        {**good, "extra": torch.ones(2)},
+        {**good, "scale": torch.tensor([1.0, torch.nan])},
+    ):
         with pytest.raises(FewbitsError, match="here"):
             fmt.check_params(bad, "here")
     with pytest.raises(FewbitsError, match="positive"):
         fmt.check_params({**good, "scale": torch.tensor([1.0, 0.0])}, "here")
 
 
-# -- single formats -----------------------------------------------------------------------------------------------------------
+# -- single formats
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_rounding_modes_on_ties_and_near_them() -> None:
@@ -308,7 +316,11 @@ def test_snap_to_power_of_two(x: float) -> None:
 
     t = torch.tensor(x)
     exact = math.log2(x)
-    for how, exponent in (("nearest", math.floor(exact + 0.5)), ("ceil", math.ceil(exact)), ("floor", math.floor(exact))):
+    for how, exponent in (
+        ("nearest", math.floor(exact + 0.5)),
+        ("ceil", math.ceil(exact)),
+        ("floor", math.floor(exact)),
+    ):
         snapped = float(snap_to_power_of_two(t, how))  # type: ignore[arg-type]
         assert math.frexp(snapped)[0] == 0.5
         near = abs(exact + 0.5 - round(exact + 0.5)) < 1e-6 or abs(exact - round(exact)) < 1e-6
@@ -390,7 +402,9 @@ def test_codebook_ties_duplicates_and_edges() -> None:
     fmt = Codebook(2)
     params = {"table": torch.tensor([[-1.0], [0.0], [0.0], [2.0]])}
     x = torch.tensor([[-5.0, -0.5, -0.4, 0.0, 0.9, 1.0, 1.1, 9.0]])
-    assert quantize(x, fmt, PerChannel(0), {"table": params["table"].reshape(4, 1, 1)}).tolist() == [[-1, -1, 0, 0, 0, 0, 2, 2]]
+    assert quantize(x, fmt, PerChannel(0), {"table": params["table"].reshape(4, 1, 1)}).tolist() == [
+        [-1, -1, 0, 0, 0, 0, 2, 2]
+    ]
     codes = encode(x, fmt, PerChannel(0), {"table": params["table"].reshape(4, 1, 1)})
     assert codes.tolist() == [[0, 0, 2, 2, 2, 2, 3, 3]]
 

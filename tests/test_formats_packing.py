@@ -44,7 +44,12 @@ def test_chunks_meet_on_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refusals() -> None:
-    for codes, bits in ((torch.tensor([8]), 3), (torch.tensor([-1]), 3), (torch.tensor([1.0]), 3), (torch.tensor([1]), 17)):
+    for codes, bits in (
+        (torch.tensor([8]), 3),
+        (torch.tensor([-1]), 3),
+        (torch.tensor([1.0]), 3),
+        (torch.tensor([1]), 17),
+    ):
         with pytest.raises(FewbitsError):
             pack_codes(codes, bits)
     packed = pack_codes(torch.tensor([1, 2, 3]), 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from golden import cases, load
 from golden_handlers_parts import HANDLERS
 

@@ -25,7 +25,7 @@ from fewbits.reconstruction import (
 )
 from fewbits.rounding import LearnedRounding, RoundingRegulariser, nearest
 
-# -- losses -------------------------------------------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", [2.0, 2.4])
@@ -71,7 +71,7 @@ def test_losses_never_broadcast_and_never_run_in_half_precision() -> None:
     assert power_loss(big, -big, channel_axis=-1).item() == pytest.approx(3 * 400.0**2)
 
 
-# -- loop ---------------------------------------------------------------------------------------------------------------------
+# -- loop ------------------------------------------------------------------------------------------------------------
 
 
 def fit_line(**options: object) -> tuple[nn.Parameter, Tensor]:
@@ -175,7 +175,7 @@ def test_samplers() -> None:
         next(without_replacement(0, 4, torch.Generator()))
 
 
-# -- a block ------------------------------------------------------------------------------------------------------------------
+# -- a block ---------------------------------------------------------------------------------------------------------
 
 
 def test_block_reconstruction_beats_nearest_and_starts_at_zero() -> None:
@@ -209,7 +209,7 @@ def test_block_reconstruction_beats_nearest_and_starts_at_zero() -> None:
     assert power_loss(block(x, *hard), target, channel_axis=1) < 0.7 * rtn
 
 
-# -- task gradient ------------------------------------------------------------------------------------------------------------
+# -- task gradient ---------------------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -234,7 +234,10 @@ def gradients(noise: float, batches: list[Tensor], **options: object) -> Tensor:
         output = net.unit_output(x, noise)
         return net.rest(output), output
 
-    return kl_gradients(lambda x: net.rest(net.unit_output(x, 0.0)), quantized, batches, **options)  # type: ignore[arg-type]
+    def reference(x: Tensor) -> Tensor:
+        return net.rest(net.unit_output(x, 0.0))
+
+    return kl_gradients(reference, quantized, batches, **options)  # type: ignore[arg-type]
 
 
 def test_gradient_sums_over_consumers() -> None:

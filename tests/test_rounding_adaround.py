@@ -205,7 +205,8 @@ def test_white_inputs_give_nearest() -> None:
 
 @pytest.mark.parametrize("seed", [5, 6])
 def test_comes_near_the_exhaustive_optimum_on_small_rows(seed: int) -> None:
-    """The relaxation is not convex: on strongly correlated rows it ends 5 to 30 % above the optimum, nearest at twice it."""
+    """The relaxation is not convex: on strongly correlated rows it ends 5 to 30 % above the optimum, nearest at twice
+    it."""
     gen = torch.Generator().manual_seed(seed)
     columns, fmt = 10, symmetric(3)
     weight = torch.randn(12, columns, generator=gen)

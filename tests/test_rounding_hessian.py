@@ -44,6 +44,9 @@ def test_counts_samples_and_not_tokens() -> None:
     windows.add(x.reshape(8, 5, 6), samples=4)
     torch.testing.assert_close(twice.value, 2 * one.value)
     torch.testing.assert_close(windows.value, one.value)
+    # samples none of whose tokens reached this layer still count
+    windows.add(x.new_zeros(0, 6), samples=4)
+    torch.testing.assert_close(windows.value, one.value / 2)
 
 
 def test_half_inputs_are_accumulated_in_float32_or_better() -> None:

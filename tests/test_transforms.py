@@ -36,7 +36,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# -- folds --------------------------------------------------------------------------------------------------------------------
+# -- folds -----------------------------------------------------------------------------------------------------------
 
 
 def test_norm_to_linears_with_scale_and_shift() -> None:
@@ -168,7 +168,7 @@ def test_folds_change_nothing_in_place_and_check_shapes() -> None:
             call()
 
 
-# -- smoothing ----------------------------------------------------------------------------------------------------------------
+# -- smoothing -------------------------------------------------------------------------------------------------------
 
 
 def outliers(seed: int = 0) -> tuple[Tensor, list[Tensor]]:
@@ -270,7 +270,7 @@ def test_smoothing_refuses(act: Tensor, weights: list[Tensor], alpha: float, mat
         smoothing_scales(act, weights, alpha)
 
 
-# -- reparameterization -------------------------------------------------------------------------------------------------------
+# -- reparameterization ----------------------------------------------------------------------------------------------
 
 
 def channels(seed: int, count: int = 12) -> tuple[Tensor, Uniform, dict[str, Tensor]]:

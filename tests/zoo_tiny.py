@@ -116,7 +116,9 @@ def _vgg() -> nn.Module:
 def _torchvision_vit() -> nn.Module:
     from torchvision.models import VisionTransformer
 
-    return VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=10)
+    return VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=10
+    )
 
 
 def _shufflenet() -> nn.Module:
@@ -155,7 +157,9 @@ def _retinanet() -> Example:
 
     torch.manual_seed(0)
     anchors = AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3)
-    model = RetinaNet(_fpn(), 4, min_size=64, max_size=64, anchor_generator=anchors, score_thresh=0.0, detections_per_img=20)
+    model = RetinaNet(
+        _fpn(), 4, min_size=64, max_size=64, anchor_generator=anchors, score_thresh=0.0, detections_per_img=20
+    )
     return _liven(model), _detection_inputs(), {}
 
 
@@ -248,7 +252,9 @@ def _detr() -> Example:
     from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
     torch.manual_seed(0)
-    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"])
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"]
+    )
     config = DetrConfig(
         use_timm_backbone=False,
         use_pretrained_backbone=False,
@@ -308,7 +314,10 @@ MODELS: dict[str, Callable[[], Example]] = {
     "timm-vit": _vision(_timm("vit_tiny_patch16_224", **_VIT), 32),
     "timm-deit-distilled": _vision(_timm("deit_tiny_distilled_patch16_224", **_VIT), 32),
     "timm-swin": _vision(
-        _timm("swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4)), 32
+        _timm(
+            "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4)
+        ),
+        32,
     ),
     "timm-mobilevit": _vision(_timm("mobilevit_xxs"), 64),
     "timm-efficientformer": _vision(_efficientformer, 224),
@@ -329,11 +338,21 @@ MODELS: dict[str, Callable[[], Example]] = {
     "hf-qwen3": _text(_hf("Qwen3ForCausalLM", "Qwen3Config", **_LLAMA, head_dim=8)),
     "hf-gemma": _text(_hf("GemmaForCausalLM", "GemmaConfig", **_LLAMA, head_dim=8)),
     "hf-opt": _text(
-        _hf("OPTForCausalLM", "OPTConfig", **_LM, ffn_dim=48, num_attention_heads=4, max_position_embeddings=32, word_embed_proj_dim=32)
+        _hf(
+            "OPTForCausalLM",
+            "OPTConfig",
+            **_LM,
+            ffn_dim=48,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            word_embed_proj_dim=32,
+        )
     ),
     "hf-bloom": _text(_hf("BloomForCausalLM", "BloomConfig", vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
     "hf-falcon": _text(_hf("FalconForCausalLM", "FalconConfig", **_LM, num_attention_heads=4)),
-    "hf-gpt2": _text(_hf("GPT2LMHeadModel", "GPT2Config", vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)),
+    "hf-gpt2": _text(
+        _hf("GPT2LMHeadModel", "GPT2Config", vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    ),
     "hf-gpt-neo": _text(
         _hf(
             "GPTNeoForCausalLM",

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Quantizer(nn.Module):
     """Puts a tensor on the grid of `spec`, in simulation: same shape and dtype out as in.
 
-    The format's parameters are float32 buffers in the granularity's param shape. Once sized they keep their storage: new
-    values are copied in. The forward reads no value back from the device and branches on none, so it can be compiled as
-    one graph, exported and captured. `name` is the site, used in messages.
+    The format's parameters are float32 buffers in the granularity's param shape. Once sized they keep their storage:
+    new values are copied in. The forward reads no value back from the device and branches on none, so it can be
+    compiled as one graph, exported and captured. `name` is the site, used in messages.
     """
 
     def __init__(self, spec: QSpec, name: str = "quantizer") -> None:
@@ -32,7 +32,8 @@ class Quantizer(nn.Module):
         for item in spec.format.param_specs():
             self.register_buffer(item.name, torch.empty(0))
 
-    # -- parameters -----------------------------------------------------------------------------------------------------
+    # -- parameters
+    # -----------------------------------------------------------------------------------------------------
 
     @property
     def params(self) -> Params:
@@ -42,7 +43,8 @@ class Quantizer(nn.Module):
         return {item.name: getattr(self, item.name) for item in self.spec.format.param_specs()}
 
     def fit(self, x: Tensor) -> Params:
-        """Parameters that the range of the spec finds for `x`; nothing is stored. FewbitsError for empty or non-finite `x`."""
+        """Parameters that the range of the spec finds for `x`; nothing is stored. FewbitsError for empty or non-finite
+        `x`."""
         return self.spec.range.fit(x, self.spec.format, self.spec.granularity, where=self.name)
 
     def calibrate(self, x: Tensor) -> None:
@@ -50,8 +52,9 @@ class Quantizer(nn.Module):
         self.set_params(self.fit(x))
 
     def set_params(self, params: Mapping[str, Tensor]) -> None:
-        """Copy `params` (param shape) in. Raises FewbitsError where one is missing, unknown, not finite, not positive where
-        it must be, or of another shape than the one stored (`reset` first to change granularity or tensor shape)."""
+        """Copy `params` (param shape) in. Raises FewbitsError where one is missing, unknown, not finite, not positive
+        where it must be, or of another shape than the one stored (`reset` first to change granularity or tensor
+        shape)."""
         self.spec.format.check_params(params, self.name)
         with torch.no_grad():
             for name, value in params.items():
@@ -61,8 +64,8 @@ class Quantizer(nn.Module):
                     setattr(self, name, value.detach().float().clone())
                 elif stored.shape != value.shape:
                     raise FewbitsError(
-                        f"{self.name}: parameter {name} has shape {tuple(value.shape)}, stored is {tuple(stored.shape)}; "
-                        "call reset() to give the site a tensor of another shape"
+                        f"{self.name}: parameter {name} has shape {tuple(value.shape)}, stored is "
+                        f"{tuple(stored.shape)}; call reset() to give the site a tensor of another shape"
                     )
             if self.ready:
                 for name, value in params.items():
@@ -76,7 +79,8 @@ class Quantizer(nn.Module):
             setattr(self, item.name, torch.empty(0, device=getattr(self, item.name).device))
         self.ready = False
 
-    # -- values ---------------------------------------------------------------------------------------------------------
+    # -- values
+    # ---------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` quantized and dequantized, in its own dtype; unchanged where the quantizer is not `enabled`."""
@@ -105,15 +109,19 @@ class Quantizer(nn.Module):
         except FewbitsError as error:
             raise FewbitsError(f"{self.name}: {error}") from error
 
-    # -- learning -------------------------------------------------------------------------------------------------------
+    # -- learning
+    # -------------------------------------------------------------------------------------------------------
 
     def learn(self, names: Sequence[str] = ("scale",)) -> list[nn.Parameter]:
         """Make the named parameters trainable, in place of their buffers and on the same storage; returns them.
 
-        Raises FewbitsError for a parameter the format has no gradient for, for a dynamic quantizer, and before calibration.
+        Raises FewbitsError for a parameter the format has no gradient for, for a dynamic quantizer, and before
+        calibration.
         """
         if self.spec.dynamic:
-            raise FewbitsError(f"{self.name}: a dynamic quantizer fits its parameters on every call; there is nothing to learn")
+            raise FewbitsError(
+                f"{self.name}: a dynamic quantizer fits its parameters on every call; there is nothing to learn"
+            )
         learnable = [item.name for item in self.spec.format.param_specs() if item.learnable]
         unknown = [name for name in names if name not in learnable]
         if unknown:
@@ -136,7 +144,8 @@ class Quantizer(nn.Module):
         if check and self.ready:
             self.spec.format.check_params(self.params, self.name)
 
-    # -- saving ---------------------------------------------------------------------------------------------------------
+    # -- saving
+    # ---------------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(description, tensors): JSON-able data and the parameters, empty where there are none yet."""
@@ -176,7 +185,9 @@ class Quantizer(nn.Module):
             shape = tuple(value.shape)
             if item.width > 1:
                 if shape[:1] != (item.width,):
-                    raise FewbitsError(f"{self.name}: parameter {item.name} of shape {shape} needs {item.width} in front")
+                    raise FewbitsError(
+                        f"{self.name}: parameter {item.name} of shape {shape} needs {item.width} in front"
+                    )
                 shape = shape[1:]
             if item.per == "block":
                 shapes.add(shape)
@@ -185,4 +196,5 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         state = "dynamic" if self.spec.dynamic else "ready" if self.ready else "not calibrated"
-        return f"{self.name}: {self.spec.format.kind} {self.spec.format.bits} bits, {self.spec.granularity.describe()}, {state}"
+        grid = f"{self.spec.format.kind} {self.spec.format.bits} bits"
+        return f"{self.name}: {grid}, {self.spec.granularity.describe()}, {state}"

@@ -170,6 +170,10 @@ class Step:
     new_sweep: ClassVar[bool] = False
     streams: ClassVar[frozenset[str]] = frozenset()
     activations: ClassVar[bool] = True
+    logits: ClassVar[bool] = False  # needs the float network's outputs, taken before the first sweep
+
+    def prepare(self, graph: Graph, units: list[Unit]) -> None:
+        """Look at the whole model before the scheme is read, for tags that a scheme's rules name."""
 
     def apply(self, unit: UnitContext) -> None:
         """Change one unit (or, with scope "model", the model)."""

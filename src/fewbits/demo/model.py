@@ -29,7 +29,7 @@ class ImageConfig:
     """Shape of a `DigitViT`: grey images of `size` x `size` pixels cut into `patch` x `patch` squares."""
 
     width: int = 64
-    depth: int = 3
+    depth: int = 2
     heads: int = 4
     size: int = 8
     patch: int = 2
@@ -37,6 +37,15 @@ class ImageConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+#: Of the digits' grey levels, 0 to 16.
+PIXEL_MEAN, PIXEL_DEVIATION = 4.9, 6.0
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Grey levels 0 to 16 [n, 8, 8] of any type -> what `DigitViT` takes, float32 [n, 1, 8, 8]."""
+    return (images.float()[:, None] - PIXEL_MEAN) / PIXEL_DEVIATION
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fewbits.engine.gradients import output_gradients
 from fewbits.engine.statistics import Statistic
 from fewbits.engine.tree import Samples, Tree, map_tensors
 from fewbits.errors import FewbitsError
@@ -164,6 +165,10 @@ class UnitContext(ModelContext):
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tree:
         """The unit with whatever quantizers are enabled now."""
         return self.module(*args, **kwargs)
+
+    def output_gradients(self) -> Tensor:
+        """Task-loss gradients at the unit's output (`engine.gradients`)."""
+        return output_gradients(self)
 
     def gather(self, requests: dict[str, Iterable[Statistic]], stream: str | None = None, quantized: bool | None = None) -> None:
         """Run the unit over the cached inputs and fill the statistics at the named sites.

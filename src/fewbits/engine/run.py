@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fewbits.attach import Attachment
 from fewbits.engine import snapshot
 from fewbits.engine.context import ModelContext, UnitContext
+from fewbits.engine.gradients import first_output
 from fewbits.engine.memory import Forecast, forecast
 from fewbits.engine.progress import Progress
 from fewbits.engine.replay import Replay
@@ -160,6 +161,7 @@ class Run:
         )  # fmt: skip
         self.commits = Commits(Path(work_dir), self.identity(), resume) if work_dir is not None else None
         self._uses: dict[tuple[str, int], int] = {}
+        self.float_logits: list[Tensor] | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -174,6 +176,8 @@ class Run:
                 with torch.no_grad():
                     for step in self.recipe.model_steps():
                         step.apply(ModelContext(self))  # type: ignore[arg-type]
+                    if any(step.logits for step in self.recipe.steps):
+                        self.float_logits = [self._logits(batch) for batch in self.batches]
                 for number, steps in enumerate(sweeps):
                     self.sweep(number, steps, later=sweeps[number + 1 :])
         finally:
@@ -255,6 +259,10 @@ class Run:
                 output = context.forward(args, kwargs)
             self.replay.keep(stream, unit, number, use, map_tensors(torch.Tensor.detach, output))
 
+    def _logits(self, batch: Batch) -> Tensor:
+        args, kwargs = as_call(to(batch, self.device))
+        return first_output(self.model(*args, **kwargs)).detach().cpu()
+
     @contextmanager
     def _float_weights(self, unit: Unit, sweep: int) -> Iterator[None]:
         """The unit's original float parameters in place while the context lasts."""
@@ -304,6 +312,8 @@ class Run:
     # -- checks ------------------------------------------------------------------------------------------------------
     def _check_scheme(self) -> None:
         context = ModelContext(self)
+        for step in self.recipe.steps:
+            step.prepare(self.graph, self.units)
         covered = [site for site in (*context.weights(), *context.activations())]
         if not covered:
             raise FewbitsError(f"{self.recipe.name}: the scheme covers no site of this model; see `fewbits inspect`")

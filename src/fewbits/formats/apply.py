@@ -16,7 +16,8 @@ _WHOLE = PerTensor()
 def expand_params(fmt: Format, gran: Granularity, params: Mapping[str, Tensor], shape: Sequence[int]) -> Params:
     """`params` as fitted (param shape) so that they broadcast against a tensor of `shape`."""
     return {
-        spec.name: (gran if spec.per == "block" else _WHOLE).expand(params[spec.name], shape) for spec in fmt.param_specs()
+        spec.name: (gran if spec.per == "block" else _WHOLE).expand(params[spec.name], shape)
+        for spec in fmt.param_specs()
     }
 
 

@@ -1,23 +1,25 @@
 """Number grids: the interface every format of every paper is written against.
 
-A `Format` is a frozen description of a grid. It knows nothing about sites or about how finely its parameters vary: it is
-given `params`, a dict of float32 tensors that broadcast against the values, and turns values into integer codes and back.
-Parameters whose spec has `width > 1` carry that many values per block in a *leading* axis, so a plain parameter has the
-granularity's param shape `P` and a wide one has `(width, *P)`; `Granularity.expand` keeps leading axes.
+A `Format` is a frozen description of a grid. It knows nothing about sites or about how finely its parameters vary: it
+is given `params`, a dict of float32 tensors that broadcast against the values, and turns values into integer codes and
+back. Parameters whose spec has `width > 1` carry that many values per block in a *leading* axis, so a plain parameter
+has the granularity's param shape `P` and a wide one has `(width, *P)`; `Granularity.expand` keeps leading axes.
 
 How the other grids in the literature fit, without touching this file or the code that uses it:
 
-* **Twin / two-region** (PTQ4ViT, TSPTQ-ViT, MPTQ-ViT): params `scale_fine`, `scale_coarse` (their ratio a power of two);
-  the code carries the region in its top bit. The regions are chosen inside `nearest`, by sign or by magnitude.
-* **Piecewise linear** (PWLQ): params `breakpoint`, `bound`; the code is region bit plus piece code, so `levels` is that of
-  b+1 bits, and `code_bits` reports what is really stored.
-* **Binary-coded sums** (MR-BiQ) and **multipoint sums** (Multipoint): one param `alpha` of width q (leading axis); the code
-  is the tuple of the q member codes packed into one integer, `decode` sums `alpha[i] * member[i]`.
+* **Twin / two-region** (PTQ4ViT, TSPTQ-ViT, MPTQ-ViT): params `scale_fine`, `scale_coarse` (their ratio a power of
+  two); the code carries the region in its top bit. The regions are chosen inside `nearest`, by sign or by magnitude.
+* **Piecewise linear** (PWLQ): params `breakpoint`, `bound`; the code is region bit plus piece code, so `levels` is that
+  of b+1 bits, and `code_bits` reports what is really stored.
+* **Binary-coded sums** (MR-BiQ) and **multipoint sums** (Multipoint): one param `alpha` of width q (leading axis); the
+  code is the tuple of the q member codes packed into one integer, `decode` sums `alpha[i] * member[i]`.
   Multipoint's varying number of points per channel is a zero alpha, accounted by overriding `count_bits`.
-* **Dynamic bit window** (SPARQ): no params of its own beyond the wide grid's scale; `nearest` keeps n bits at a per-value
-  shift and the code stores window and shift. Pairwise budget sharing reads the neighbour, which `nearest` sees in `x`.
-* **Per-channel power-of-two factor** (FQ-ViT): params `scale` (one per tensor), `exponent` (one per channel) with a shared
-  `zero_point`; the spec of each says so by `per="tensor"`, everything else is Uniform with `scale * 2**exponent`.
+* **Dynamic bit window** (SPARQ): no params of its own beyond the wide grid's scale; `nearest` keeps n bits at a
+  per-value shift and the code stores window and shift. Pairwise budget sharing reads the neighbour, which `nearest`
+  sees in `x`.
+* **Per-channel power-of-two factor** (FQ-ViT): params `scale` (one per tensor), `exponent` (one per channel) with a
+  shared `zero_point`; a spec says `per="tensor"` where one value serves all blocks. The rest is Uniform with step
+  `scale * 2**exponent`.
 * **Subset codebooks, NF4, k-means LUTs** (subset quantization, SqueezeLLM): `Codebook`, fixed levels or a free table.
 * **Fractional bit-widths** (Bit-shrinking): Uniform with a real number of levels during training; exported as Uniform.
 * **Second-level quantized parameters** (SpQR): two Formats; the parameters of the first are the values of the second.
@@ -62,8 +64,8 @@ class ParamSpec:
 class Format(Described, ABC):
     """A number grid. Subclasses are frozen dataclasses with a `kind` and, usually, a `bits` field.
 
-    `bits` is the b that papers write. `code_min..code_max` are the codes that `encode` can return; some released grids use
-    one code more than 2**b, and `code_bits`, the bits of one stored code, says so.
+    `bits` is the b that papers write. `code_min..code_max` are the codes that `encode` can return; some released grids
+    use one code more than 2**b, and `code_bits`, the bits of one stored code, says so.
     """
 
     bits: int
@@ -102,10 +104,12 @@ class Format(Described, ABC):
 
     @abstractmethod
     def nearest(self, x: Tensor, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(value, inside): the quantized value of every float32 or float64 `x`, equal to decode(encode(x)) where x is not
-        NaN (NaN stays NaN), and a bool tensor, False where the value was clipped (there the gradient to `x` is zero)."""
+        """(value, inside): the quantized value of every float32 or float64 `x`, equal to decode(encode(x)) where x is
+        not NaN (NaN stays NaN), and a bool tensor, False where the value was clipped (there the gradient to `x` is
+        zero)."""
 
-    # -- what every format shares ---------------------------------------------------------------------------------------
+    # -- what every format shares
+    # ---------------------------------------------------------------------------------------
 
     @property
     def levels(self) -> int:
@@ -141,8 +145,9 @@ class Format(Described, ABC):
     def surrogate(self, x: Tensor, params: Mapping[str, Tensor], value: Tensor, inside: Tensor) -> Tensor:
         """`value`, with gradients attached.
 
-        Every scaled grid is y = s * Q(x / s); with dQ/dv = 1 inside and 0 outside, dy/ds = Q(v) - v inside and Q(v) outside:
-        the learned-step rule (LSQ), no gradient scaling. The terms below are exactly zero in value, so nothing is perturbed.
+        Every scaled grid is y = s * Q(x / s); with dQ/dv = 1 inside and 0 outside, dy/ds = Q(v) - v inside and Q(v)
+        outside: the learned-step rule (LSQ), no gradient scaling. The terms below are exactly zero in value, so nothing
+        is perturbed.
         """
         out = value
         if x.requires_grad:
@@ -182,4 +187,3 @@ formats: Registry[Format] = Registry("format")
 def format_from_dict(data: dict[str, Any]) -> Format:
     """The format described by `Format.to_dict()` output. Raises FewbitsError for anything it does not understand."""
     return formats.from_dict(data)
-

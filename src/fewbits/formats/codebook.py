@@ -46,9 +46,9 @@ def closest(x: Tensor, table: Tensor) -> Tensor:
 class Codebook(Format):
     """Codes index levels in ascending order; the nearest level wins, ties go to the lower.
 
-    bits: b. points: None for a free ascending table of 2^b values per block (param `table`, leading axis; from_range spreads
-    it evenly, ranges such as k-means fill it); or up to 2^b fixed ascending numbers shared by all blocks and multiplied by a
-    `scale` per block, absmax / max|level| (NF4, subset codebooks).
+    bits: b. points: None for a free ascending table of 2^b values per block (param `table`, leading axis; from_range
+    spreads it evenly, ranges such as k-means fill it); or up to 2^b fixed ascending numbers shared by all blocks and
+    multiplied by a `scale` per block, absmax / max|level| (NF4, subset codebooks).
     """
 
     kind: ClassVar[str] = "codebook"

@@ -20,9 +20,9 @@ _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 class Float8(Format):
     """OCP 8-bit floats, saturating, round to nearest even: x_hat = s * cast(clamp(x / s, +-max)).
 
-    variant: "e4m3" or "e5m2". scaled: the largest magnitude of the range is mapped to the largest value; otherwise s = 1 (a
-    plain cast). eps: smallest scale. Codes are the bit patterns; they are ordered by sign and magnitude, not by value, and
-    the NaN and infinity patterns never occur. -0 keeps its sign.
+    variant: "e4m3" or "e5m2". scaled: the largest magnitude of the range is mapped to the largest value; otherwise s =
+    1 (a plain cast). eps: smallest scale. Codes are the bit patterns; they are ordered by sign and magnitude, not by
+    value, and the NaN and infinity patterns never occur. -0 keeps its sign.
     """
 
     kind: ClassVar[str] = "float8"

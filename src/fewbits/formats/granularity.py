@@ -29,19 +29,23 @@ class Granularity(Described, ABC):
 
     @abstractmethod
     def blocks(self, x: Tensor) -> list[Tensor]:
-        """The values of `x` as 2-D tensors [n_blocks, values_per_block]; two of them where a ragged last group exists."""
+        """The values of `x` as 2-D tensors [n_blocks, values_per_block]; two of them where a ragged last group
+        exists."""
 
     @abstractmethod
     def assemble(self, parts: list[Tensor], shape: Shape) -> Tensor:
-        """What was computed per block ([..., n_blocks] for every tensor `blocks` gave) as [..., *param_shape(shape)]."""
+        """What was computed per block ([..., n_blocks] for every tensor `blocks` gave) as [...,
+        *param_shape(shape)]."""
 
     def expand(self, param: Tensor, shape: Shape) -> Tensor:
-        """`param` ([..., *param_shape]) so that it broadcasts against a tensor of `shape`; leading axes stay in front."""
+        """`param` ([..., *param_shape]) so that it broadcasts against a tensor of `shape`; leading axes stay in
+        front."""
         expected = self.param_shape(shape)
         lead = param.ndim - len(expected)
         if lead < 0 or tuple(param.shape[lead:]) != expected:
             raise FewbitsError(
-                f"parameter of shape {tuple(param.shape)} does not fit a tensor of shape {tuple(shape)} ({self.describe()} needs {expected})"
+                f"parameter of shape {tuple(param.shape)} does not fit a tensor of shape {tuple(shape)}: "
+                f"{self.describe()} needs {expected}"
             )
         return self._expand(param, lead, shape)
 
@@ -159,8 +163,8 @@ class PerToken(_KeepsAxes):
 class PerHead(Granularity):
     """One block per attention head.
 
-    heads=None: `axis` is the head axis ([batch, head, token, dim], axis 1). heads=n: `axis` holds n heads of equal width side
-    by side ([batch, token, n*dim], axis -1); the param shape then has n at that axis.
+    heads=None: `axis` is the head axis ([batch, head, token, dim], axis 1). heads=n: `axis` holds n heads of equal
+    width side by side ([batch, token, n*dim], axis -1); the param shape then has n at that axis.
     """
 
     kind: ClassVar[str] = "head"
@@ -171,7 +175,9 @@ class PerHead(Granularity):
         axis = _axis(self.axis, shape, "head granularity")
         heads = shape[axis] if self.heads is None else self.heads
         if heads < 1 or shape[axis] % heads:
-            raise FewbitsError(f"head granularity: axis {axis} of shape {tuple(shape)} does not split into {heads} heads")
+            raise FewbitsError(
+                f"head granularity: axis {axis} of shape {tuple(shape)} does not split into {heads} heads"
+            )
         return axis, heads, shape[axis] // heads
 
     def param_shape(self, shape: Shape) -> tuple[int, ...]:
@@ -201,7 +207,8 @@ class PerGroup(Granularity):
     """Runs of `size` neighbours along `axis` share parameters; [out, in] has param shape (out, ceil(in/size)).
 
     The last group is shorter where `size` does not divide the axis. `rows=True` treats the tensor as the matrix
-    [shape[0], everything else] first (conv weights grouped along flattened ci*kh*kw as GPTQ does); param shape (out, groups).
+    [shape[0], everything else] first (conv weights grouped along flattened ci*kh*kw as GPTQ does); param shape (out,
+    groups).
     """
 
     kind: ClassVar[str] = "group"

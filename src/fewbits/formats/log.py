@@ -22,9 +22,11 @@ _OCTAVES = 126
 class _Log(Format):
     """Code q counts steps down from the scale; the last code means exactly zero.
 
-    zero_code=False, as published: codes 0..2^b-1 are powers and zero is one more level (2^b + 1 levels, `code_bits` b+1).
+    zero_code=False, as published: codes 0..2^b-1 are powers and zero is one more level (2^b + 1 levels, `code_bits`
+    b+1).
     zero_code=True: a true b-bit code, the top one, 2^b - 1, reserved for zero.
-    scaled: s is the upper end of the range; otherwise s = 1. Values at or below zero take the zero code, values above s code 0.
+    scaled: s is the upper end of the range; otherwise s = 1. Values at or below zero take the zero code, values above s
+    code 0.
     """
 
     bits: int = 4
@@ -115,7 +117,8 @@ class Log2(_Log):
 @formats.register
 @dataclass(frozen=True)
 class LogSqrt2(_Log):
-    """s * sqrt(2)**-q, q = round(-2 log2(x / s)), decoded as a shift by ceil(q/2) and a factor sqrt(2) for odd q (RepQ-ViT)."""
+    """s * sqrt(2)**-q, q = round(-2 log2(x / s)), decoded as a shift by ceil(q/2) and a factor sqrt(2) for odd q
+    (RepQ-ViT)."""
 
     kind: ClassVar[str] = "log_sqrt2"
 

@@ -30,7 +30,9 @@ def pack_codes(codes: Tensor, bits: int, *, offset: int = 0) -> Tensor:
 def _pack(codes: Tensor, bits: int) -> Tensor:
     low, high = (int(v) for v in torch.aminmax(codes))
     if low < 0 or high >= 1 << bits:
-        raise FewbitsError(f"codes {low}..{high} do not fit {bits} bits (after the offset); pass the format's code_min as offset")
+        raise FewbitsError(
+            f"codes {low}..{high} do not fit {bits} bits (after the offset); pass the format's code_min as offset"
+        )
     digits = ((codes.unsqueeze(-1) >> torch.arange(bits, device=codes.device, dtype=torch.int32)) & 1).to(torch.uint8)
     digits = torch.nn.functional.pad(digits.reshape(-1), (0, -codes.numel() * bits % 8)).reshape(-1, 8)
     packed = digits[:, 0].clone()

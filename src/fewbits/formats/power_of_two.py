@@ -36,10 +36,12 @@ class PowerOfTwo(Uniform):
     """`Uniform` with the step snapped to 2**k; every policy of Uniform applies to the step before snapping.
 
     snap: which neighbour in the exponent. "nearest" may clip up to a factor sqrt(2) of the range, "ceil" never clips.
-    rescale_zero: the zero point is found on the unsnapped grid and multiplied by old step / new step, so that z * s stays what
-        it was (RAPQ; needs zero_point="real"). Otherwise the zero point follows from the range on the snapped grid.
+    rescale_zero: the zero point is found on the unsnapped grid and multiplied by old step / new step, so that z * s
+        stays what it was (RAPQ; needs zero_point="real"). Otherwise the zero point follows from the range on the
+        snapped grid.
 
-    A learned scale may leave the powers of two: what is used is always the snapped one, its gradient passed straight through.
+    A learned scale may leave the powers of two: what is used is always the snapped one, its gradient passed straight
+    through.
     """
 
     kind: ClassVar[str] = "power_of_two"

@@ -1,6 +1,7 @@
 """Plain-data round trips for the small frozen dataclasses that describe formats, granularities and ranges.
 
-`to_dict` writes `{"kind": ..., field: value}`; `Registry.from_dict` reads it back and names what it does not understand.
+`to_dict` writes `{"kind": ..., field: value}`; `Registry.from_dict` reads it back and names what it does not
+understand.
 """
 
 from __future__ import annotations
@@ -59,14 +60,16 @@ class Registry(Generic[T]):
         cls = self.kinds.get(kind)
         if cls is None:
             raise FewbitsError(f"unknown {self.family} kind {kind!r}; known: {', '.join(sorted(self.kinds))}")
-        known = {name for name in inspect.signature(cls).parameters}
+        known = set(inspect.signature(cls).parameters)
         unknown = sorted(set(fields) - known)
         if unknown:
             raise FewbitsError(
-                f"{self.family} {kind!r} has no field {', '.join(map(repr, unknown))}; it has: {', '.join(sorted(known))}"
+                f"{self.family} {kind!r} has no field {', '.join(map(repr, unknown))}; "
+                f"it has: {', '.join(sorted(known))}"
             )
         fields = {
-            name: tuple(value) if isinstance(value, list) else self.nested(name, value) for name, value in fields.items()
+            name: tuple(value) if isinstance(value, list) else self.nested(name, value)
+            for name, value in fields.items()
         }
         try:
             return cls(**fields)

@@ -13,9 +13,9 @@ Rounding = Literal["half_even", "half_away", "half_up", "floor"]
 def round_to_integer(x: Tensor, mode: Rounding) -> Tensor:
     """`x` rounded elementwise, as float. Ties: to even, away from zero, or up; "floor" always goes down.
 
-    Adding 0.5 and truncating is wrong for 0.49999997 in float32, so the fraction is compared instead. For "floor" a value
-    within a few ulp below an integer counts as that integer: (n * s) / s may fall just short of n, and a value on the grid
-    must stay on it.
+    Adding 0.5 and truncating is wrong for 0.49999997 in float32, so the fraction is compared instead. For "floor" a
+    value within a few ulp below an integer counts as that integer: (n * s) / s may fall just short of n, and a value on
+    the grid must stay on it.
     """
     if mode == "half_even":
         return torch.round(x)

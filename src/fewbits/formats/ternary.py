@@ -16,7 +16,8 @@ from fewbits.formats.base import Format, Params, ParamSpec, formats
 @formats.register
 @dataclass(frozen=True)
 class Ternary(Format):
-    """GPTQ's "trits": x > threshold*positive becomes `positive`, x < threshold*negative becomes `negative`, the rest zero.
+    """GPTQ's "trits": x > threshold*positive becomes `positive`, x < threshold*negative becomes `negative`, the rest
+    zero.
 
     The levels are the ends of the range widened to contain zero ([-1, 1] for an all-zero block), each of its own size.
     Codes 0, 1, 2 stand for negative, zero, positive; stored in 2 bits.

@@ -1,6 +1,7 @@
 """Uniform grids and their policies.
 
-x_hat = (q - z) * s with integer codes q. Papers agree on that line and on little else, so every disagreement is a field.
+x_hat = (q - z) * s with integer codes q. Papers agree on that line and on little else, so every disagreement is a
+field.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ class Uniform(Format):
     one_sided: what symmetric does to a range without negative values: "mirror" it anyway, or "keep" [0, hi].
     step: "span" (hi-lo)/(levels-1); "levels" (hi-lo)/levels; "positive" max(|lo|,|hi|)/(largest code minus zero point),
         the usual absmax/(2^(b-1)-1) (needs a fixed zero point: "none" or "middle").
-    zero_point: "none" z=0; "middle" z=2^(b-1) above the lowest code, whatever the range; "integer" z = q_min - round(lo/s);
-        "real" z = q_min - lo/s; "centre" z = middle - round((lo+hi)/(2s)).
+    zero_point: "none" z=0; "middle" z=2^(b-1) above the lowest code, whatever the range;
+        "integer" z = q_min - round(lo/s); "real" z = q_min - lo/s; "centre" z = middle - round((lo+hi)/(2s)).
     clamp_zero_point: z is kept inside the code range (the range then moves when it excludes zero).
     include_zero: the range is first widened to contain zero.
     rounding: "half_even", "half_away", "half_up" or "floor".
-    order: "round_then_shift" clamp(round(x/s)+z) or "shift_then_round" clamp(round(x/s+z)): different on ties and with a real z.
+    order: "round_then_shift" clamp(round(x/s)+z) or "shift_then_round" clamp(round(x/s+z)): different on ties and
+        with a real z.
     eps: smallest step. min_span: smallest hi-lo that enters the step (the zero point still comes from lo).
-    zero_range: an all-zero block gets the step of range [-1, 1] ("unit") or `eps` ("eps"); either way it decodes to exact zeros.
+    zero_range: an all-zero block gets the step of range [-1, 1] ("unit") or `eps` ("eps"); it decodes to exact zeros
+        either way.
     arithmetic: precision in which step and zero point are computed before they are kept as float32.
 
     With a real zero point and "round_then_shift" (released RepQ-ViT after averaging, RAPQ) the end codes lie off the
@@ -77,7 +80,9 @@ class Uniform(Format):
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise FewbitsError(f"uniform format: {name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+                raise FewbitsError(
+                    f"uniform format: {name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}"
+                )
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 16:
             raise FewbitsError(f"uniform format: bits must be an integer from 1 to 16, got {self.bits!r}")
         if self.narrow and (not self.signed or self.bits < 2):
@@ -89,7 +94,8 @@ class Uniform(Format):
         if not self.eps > 0 or self.min_span < 0:
             raise FewbitsError("uniform format: eps must be positive and min_span not negative")
 
-    # -- codes ----------------------------------------------------------------------------------------------------------
+    # -- codes
+    # ----------------------------------------------------------------------------------------------------------
 
     @property
     def q_min(self) -> int:
@@ -110,7 +116,8 @@ class Uniform(Format):
 
     @property
     def fractional(self) -> bool:
-        """Whether codes may carry the fraction of a real zero point (then code i stands for the i-th level from below)."""
+        """Whether codes may carry the fraction of a real zero point (then code i stands for the i-th level from
+        below)."""
         return self.zero_point == "real" and self.order == "round_then_shift"
 
     @property
@@ -134,7 +141,8 @@ class Uniform(Format):
             bits = self.bits
         return (scale, ParamSpec("zero_point", bits, learnable=True))
 
-    # -- parameters -----------------------------------------------------------------------------------------------------
+    # -- parameters
+    # -----------------------------------------------------------------------------------------------------
 
     def from_range(self, lo: Tensor, hi: Tensor) -> Params:
         dtype = torch.float64 if self.arithmetic == "float64" else torch.float32
@@ -164,7 +172,10 @@ class Uniform(Format):
     def _scale(self, lo: Tensor, hi: Tensor) -> Tensor:
         if self.step == "positive":
             # unsigned codes without a zero point cannot reach below zero, so only the upper end sets their step
-            bound = hi if self.q_min == 0 and self.zero_point == "none" else torch.maximum(lo.abs(), hi.abs())
+            one_way = self.q_min == 0 and self.zero_point == "none"
+            bound = hi.clamp_min(0) if one_way else torch.maximum(lo.abs(), hi.abs())
+            if self.zero_range == "unit":
+                bound = torch.where(bound == 0, torch.ones_like(bound), bound)
             return bound.clamp_min(self.min_span) / self._positive_codes
         steps = self.q_max - self.q_min + (1 if self.step == "levels" else 0)
         span = (hi - lo).clamp_min(self.min_span)
@@ -183,10 +194,12 @@ class Uniform(Format):
             zero = torch.where(torch.isfinite(zero), zero, self.middle - torch.round((lo / 2 + hi / 2) / scale))
         return zero.clamp(self.q_min, self.q_max) if self.clamp_zero_point else zero
 
-    # -- values ---------------------------------------------------------------------------------------------------------
+    # -- values
+    # ---------------------------------------------------------------------------------------------------------
 
     def shifted(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
-        """The float code of every value before clamping: an integer, or an integer plus the fraction of a real zero point."""
+        """The float code of every value before clamping: an integer, or an integer plus the fraction of a real zero
+        point."""
         ratio = x / self.scale_of(params)
         zero = params.get("zero_point")
         if zero is None:
@@ -205,7 +218,9 @@ class Uniform(Format):
         return (code if zero is None else code - zero) * self.scale_of(params)
 
     def encode(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
-        x = torch.nan_to_num(x.to(torch.promote_types(x.dtype, torch.float32)), nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        x = torch.nan_to_num(
+            x.to(torch.promote_types(x.dtype, torch.float32)), nan=0.0, posinf=torch.inf, neginf=-torch.inf
+        )
         if self.fractional:
             # code i is the i-th level from below: q_min, then the lattice points above it, then q_max
             zero = params["zero_point"]
@@ -232,29 +247,41 @@ class Uniform(Format):
 
 
 def affine(bits: int, **policy: object) -> Uniform:
-    """Unsigned affine grid with integer zero point, zero exactly representable. `policy` overrides fields of Uniform."""
+    """Unsigned affine grid with integer zero point, zero exactly representable. `policy` overrides fields of
+    Uniform."""
     return Uniform(bits=bits, **policy)  # type: ignore[arg-type]
 
 
 def symmetric(bits: int, *, narrow: bool = True, **policy: object) -> Uniform:
     """Signed grid, no zero point, step absmax/(2^(b-1)-1); `narrow` drops the code that only negatives could use."""
-    fields: dict[str, object] = {"signed": True, "narrow": narrow, "symmetric": True, "zero_point": "none", "step": "positive"}
+    fields: dict[str, object] = {
+        "signed": True,
+        "narrow": narrow,
+        "symmetric": True,
+        "zero_point": "none",
+        "step": "positive",
+    }
     return Uniform(bits=bits, **{**fields, **policy})  # type: ignore[arg-type]
 
 
 def gptq_grid(bits: int, *, sym: bool = False, saturate_one_sided: bool = False) -> Uniform:
     """GPTQ's row grid: unsigned, range containing zero, [-1, 1] for zero rows, no clamp of the zero point.
 
-    sym: zero point fixed at 2^(b-1) and step 2*absmax/(2^b-1). `saturate_one_sided` reproduces the released code, where a row
-    without negative values gets the step of [0, max] and so saturates near half its maximum.
+    sym: zero point fixed at 2^(b-1) and step 2*absmax/(2^b-1). `saturate_one_sided` reproduces the released code, where
+    a row without negative values gets the step of [0, max] and so saturates near half its maximum.
     """
     if not sym:
         return Uniform(bits=bits, clamp_zero_point=False)
     return Uniform(
-        bits=bits, symmetric=True, zero_point="middle", one_sided="keep" if saturate_one_sided else "mirror", clamp_zero_point=False
+        bits=bits,
+        symmetric=True,
+        zero_point="middle",
+        one_sided="keep" if saturate_one_sided else "mirror",
+        clamp_zero_point=False,
     )
 
 
 def raw_affine(bits: int) -> Uniform:
-    """Unsigned affine grid on the raw range: zero not forced in, zero point an unclamped integer (BRECQ 'mse', RepQ-ViT)."""
+    """Unsigned affine grid on the raw range: zero not forced in, zero point an unclamped integer (BRECQ 'mse',
+    RepQ-ViT)."""
     return Uniform(bits=bits, include_zero=False, clamp_zero_point=False)

@@ -151,6 +151,10 @@ def canonical(func: Callable[..., Any]) -> str:
     return name
 
 
+# A function's name never changes: torch.compile may look it up once instead of tracing through the string handling.
+canonical._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def bind(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Slot name -> argument for a call of a known op (missing optional slots are left out)."""
     bound: dict[str, Any] = {}

@@ -2,17 +2,19 @@
 
 `layer_input` and `matmul_operand` are where most papers put activation quantizers. `layer_output` is the other placement: after a
 layer's normalisation and activation, and after a residual add's activation instead of on the two branches before it (BRECQ's
-blocks). `first_layer` and `last_layer` have no weighted layer before or after them; `lm_head` is a last layer that gives one row of
-logits per input token.
+blocks); `bare_input` are the layer inputs and matmul operands that such outputs do not reach unchanged. `first_layer` and `last_layer`
+have no weighted layer before or after them; `lm_head` is a last layer that gives one row of logits per input token.
 """
 
 from __future__ import annotations
 
-from fewbits.graph.ops import ACTIVATIONS, IDENTITY, MATMUL, NORMS
+from fewbits.graph.ops import ACTIVATIONS, IDENTITY, LAYOUT, MATMUL, NORMS
 from fewbits.graph.flow import Flow
 from fewbits.graph.types import Call, Graph, Site
 
 _FOLLOWS = frozenset((*NORMS, *ACTIVATIONS))
+#: Ops that leave values on the grid they are on.
+_UNCHANGED = LAYOUT | IDENTITY | {"max_pool1d", "max_pool2d", "max_pool3d"}
 
 
 def tag_positions(graph: Graph, sites: dict[str, Site]) -> None:
@@ -26,7 +28,9 @@ def tag_positions(graph: Graph, sites: dict[str, Site]) -> None:
     embedded = any(
         call.op == "embedding" and any(ref.value in tokens for ref in call.refs()) for call in weighted
     )
-    outputs = {layer_output(graph, flow, call) for call in layers if call.index not in last}
+    ends = {call.index: layer_output(graph, flow, call) for call in layers if call.index not in last}
+    outputs = set(ends.values())
+    first_outputs = {ends[index] for index in first if index in ends}
     by_call: dict[int, list[Site]] = {}
     for site in sites.values():
         by_call.setdefault(site.call, []).append(site)
@@ -48,6 +52,14 @@ def tag_positions(graph: Graph, sites: dict[str, Site]) -> None:
                 own.add("matmul_operand")
             if site.role == "output" and index in outputs:
                 own.add("layer_output")
+                if index in first_outputs:
+                    own.add("first_layer")
+            if own & {"layer_input", "matmul_operand"} and "first_layer" not in own:
+                made = flow.origin(site.value, _UNCHANGED)
+                if made is None or made.index not in outputs:
+                    own.add("bare_input")
+            if index in layer_calls and call.op.startswith("conv"):
+                own.add("conv")
             site.tags = site.tags | own
 
 
@@ -64,16 +76,16 @@ def layer_output(graph: Graph, flow: Flow, call: Call) -> int:
         return current.index
 
 
-def following_activation(graph: Graph, call: Call) -> Call | None:
-    """The activation call that alone reads a layer's output (through a norm too), if there is one."""
+def following_activation(graph: Graph, call: Call) -> list[Call]:
+    """The calls from a layer's output to the activation that alone reads it, a norm between included; empty if there is none."""
+    chain: list[Call] = []
     current = call
-    while (after := _sole_reader(graph, current)) is not None:
+    while (after := _sole_reader(graph, current)) is not None and after.op in _FOLLOWS:
+        chain.append(after)
         if after.op in ACTIVATIONS:
-            return after
-        if after.op not in NORMS:
-            return None
+            return chain
         current = after
-    return None
+    return []
 
 
 def _sole_reader(graph: Graph, call: Call) -> Call | None:

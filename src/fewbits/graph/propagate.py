@@ -58,6 +58,7 @@ class Vector:
     touched: Tensor  # bool, flat: the elements the forward read
     order: int
     kind: str = "vector"  # "affine" where it multiplies
+    inputs: Tensor | None = None  # labels of what an elementwise product multiplies (layer scale); None for norms
     offset: float = 0.0  # the forward multiplies by (offset + parameter)
     name: str = ""
     op: str = "vector"
@@ -74,7 +75,9 @@ class Propagation:
         self.of: dict[int, Tensor] = {}
         self.slots: dict[tuple[Any, ...], Slot] = {}
         self.vectors: dict[str, Vector] = {}
-        self.pairs: list[tuple[Tensor, Tensor, str]] = []  # query labels, key labels (flat, position by position), site
+        self.pairs: list[
+            tuple[Tensor, Tensor, CallKey]
+        ] = []  # query labels, key labels (flat, position by position), where
         self.active = graph.flow.active
         self._names = _call_names(graph)
         self._by_param: dict[str, list[Slot]] = {}
@@ -163,7 +166,9 @@ class Propagation:
         vector = self.vectors.get(name)
         if vector is None:
             count = torch.Size(root.shape).numel()
-            vector = Vector(name, self.labels.fresh(count), torch.zeros(count, dtype=torch.bool), call.index, kind, offset)
+            vector = Vector(
+                name, self.labels.fresh(count), torch.zeros(count, dtype=torch.bool), call.index, kind, offset=offset
+            )
             self.vectors[name] = vector
         if kind == "affine":
             if vector.kind == "affine" and vector.offset != offset:
@@ -191,6 +196,21 @@ class Propagation:
                 return self.vector(refs[0], call, "affine", float(numbers[0]))
         return None
 
+    def affine_inputs(self, arg: Ref, call: Call) -> Tensor:
+        """Labels of what a multiplying parameter multiplies, in its shape. Call `affine` first."""
+        if self.root(arg) is None:  # a number plus the parameter
+            made = self._origin(arg)
+            assert made is not None
+            arg = next(made.refs())
+        root = self.root(arg)
+        assert root is not None
+        vector = self.vectors[self.param_name(root)]
+        if vector.inputs is None:
+            vector.inputs = self.labels.fresh(len(vector.labels))
+        if call.op == "mul" and self.graph.flow.is_functional_norm(call):
+            vector.op = "rms_norm"
+        return compact(vector.inputs[self.elements(arg, root)])
+
     def _origin(self, arg: Ref, through: frozenset[str] = CASTS | IDENTITY) -> Call | None:
         return self.graph.flow.origin(arg.value, through)
 
@@ -203,7 +223,12 @@ class Propagation:
             return None
         name = self.param_name(root)
         view, index = self.placed(weight, root)
-        key = (name, layout, groups, view if view is not None else (call.key, tuple(index.shape) if index is not None else ()))
+        key = (
+            name,
+            layout,
+            groups,
+            view if view is not None else (call.key, tuple(index.shape) if index is not None else ()),
+        )
         slot = self.slots.get(key)
         if slot is None:
             inputs = self.labels.fresh(stack * ins) if ins else None
@@ -279,7 +304,9 @@ class Propagation:
             if value.aliased and value.call is not None:
                 bad.update(roots.get(out, out) for out in graph.calls[value.call].outputs)
         if bad:
-            self._aliased = {call.index for call in graph.calls if call.inplace and any(roots.get(o, o) in bad for o in call.outputs)}
+            self._aliased = {
+                call.index for call in graph.calls if call.inplace and any(roots.get(o, o) in bad for o in call.outputs)
+            }
         else:
             self._aliased = set()
 
@@ -498,8 +525,10 @@ def _mul(p: Propagation, call: Call) -> None:
         if torch.Size(p.shape(y)).numel() > 1:
             made = p.affine(y, call)
             if made is not None:
-                p.labels.block(p.get(x), "affine")
                 p.forbid(made, "permute", "rotate")  # the other side stays in its order
+                reads = p.affine_inputs(y, call)
+                p.forbid(reads, "shift", "permute", "rotate")
+                _consume(p, call, x, reads)
                 p.put(call, compact(made.expand(p.out_shape(call))))
                 return
     if live_left or live_right:
@@ -635,7 +664,8 @@ def _product(p: Propagation, call: Call, a: Ref, b: Ref) -> Tensor | None:
         rows = p.labels.along(left, [left.dim() - 2], "query_key").squeeze(-2)
         columns = p.labels.along(right, [right.dim() - 1], "query_key").squeeze(-1)
         rows, columns = torch.broadcast_tensors(rows, columns)
-        p.pairs.append((rows.reshape(-1), columns.reshape(-1), p._names.get(call.index, call.module)))
+        if call.key is not None:
+            p.pairs.append((rows.reshape(-1), columns.reshape(-1), call.key))
         p.block_all(call, "query_key")
         return None
     # One side's values stay as they are: the product is linear in the other.
@@ -671,7 +701,7 @@ def _sums_to_one(p: Propagation, arg: Ref) -> bool:
         value_id = next(call.refs()).value
 
 
-def _consume(p: Propagation, call: Call, x: Any, columns: Tensor, site: str) -> None:
+def _consume(p: Propagation, call: Call, x: Any, columns: Tensor) -> None:
     """Join a weight's input columns (broadcastable to the input) with the labels of the value it reads."""
     labels = p.get(x)
     if labels is None:
@@ -694,7 +724,7 @@ def _by_weight(p: Propagation, call: Call, x: Ref, weight: Ref, on_right: bool) 
         p.block_all(call, "computed weight")
         return None
     axis = -2 if on_right else -1
-    _consume(p, call, x, slot.inputs.view(*stack, ins).unsqueeze(axis), call.op)
+    _consume(p, call, x, slot.inputs.view(*stack, ins).unsqueeze(axis))
     if stack:
         p.forbid(slot.inputs, "permute", "rotate", "shift")
         p.forbid(slot.out, "permute", "rotate")
@@ -724,7 +754,7 @@ def _linear(p: Propagation, call: Call) -> None:
     if slot is None or slot.inputs is None:
         p.block_all(call, "computed weight")
         return
-    _consume(p, call, x, slot.inputs, call.op)
+    _consume(p, call, x, slot.inputs)
     p.bias(call, bias, slot, slot.out)
     p.put(call, slot.out.expand(p.out_shape(call)))
 
@@ -744,13 +774,15 @@ def _conv(p: Propagation, call: Call) -> None:
         p.block_all(call, "computed weight")
         return
     padding = _arg(call, 4, "padding", default=0)
-    slot.padded = slot.padded or transposed or (padding if isinstance(padding, str) else _any(padding)) not in (False, "valid")
+    slot.padded = (
+        slot.padded or transposed or (padding if isinstance(padding, str) else _any(padding)) not in (False, "valid")
+    )
     if slot.padded:
         p.forbid(slot.inputs, "shift")
     if groups > 1:
         p.forbid(slot.inputs, "permute", "rotate")
         p.forbid(slot.out, "permute", "rotate")
-    _consume(p, call, x, slot.inputs.view(-1, *[1] * spatial), call.op)
+    _consume(p, call, x, slot.inputs.view(-1, *[1] * spatial))
     p.bias(call, bias, slot, slot.out)
     p.put(call, slot.out.view(-1, *[1] * spatial).expand(p.out_shape(call)))
 
@@ -763,7 +795,13 @@ def _grouped_mm(p: Propagation, call: Call) -> None:
     """x [tokens, in] times a stack of matrices [experts, in, out], the rows of x belonging to experts by offsets."""
     x, weight = call.bound.get("lhs"), call.bound.get("rhs")
     ends = p.value(_arg(call, 2, "offs"))
-    if not isinstance(x, Ref) or not isinstance(weight, Ref) or ends is None or ends.data is None or len(p.shape(weight)) != 3:
+    if (
+        not isinstance(x, Ref)
+        or not isinstance(weight, Ref)
+        or ends is None
+        or ends.data is None
+        or len(p.shape(weight)) != 3
+    ):
         p.block_all(call, call.op)
         return
     experts, ins, outs = p.shape(weight)
@@ -775,7 +813,7 @@ def _grouped_mm(p: Propagation, call: Call) -> None:
     slot.touched.update(which.tolist())
     p.forbid(slot.inputs, "permute", "rotate", "shift")
     p.forbid(slot.out, "permute", "rotate", "shift")
-    _consume(p, call, x, slot.inputs.view(experts, ins)[which], call.op)
+    _consume(p, call, x, slot.inputs.view(experts, ins)[which])
     p.put(call, compact(slot.out.view(experts, outs)[which]))
 
 
@@ -783,7 +821,7 @@ def _embedding(p: Propagation, call: Call) -> None:
     weight = call.bound.get("weight")
     if not isinstance(weight, Ref):
         return
-    rows, width = p.shape(weight)
+    width = p.shape(weight)[1]
     slot = p.slot(call, weight, "io", width, 0)
     if slot is not None:
         p.put(call, slot.out.expand(p.out_shape(call)))
@@ -833,7 +871,19 @@ def _index_add(p: Propagation, call: Call) -> None:
     p.put(call, compact(out))
 
 
-_SHAPE_ONLY = "arange ones ones_like new_ones rand randn rand_like randn_like tensor as_tensor full_int one_hot size numel dim".split()
+_SHAPE_ONLY = (
+    "arange",
+    "ones",
+    "ones_like",
+    "new_ones",
+    "rand",
+    "randn",
+    "rand_like",
+    "randn_like",
+    "tensor",
+    "as_tensor",
+    "one_hot",
+)
 RULES: dict[str, Rule] = {
     **{name: _layout for name in LAYOUT - CASTS},
     **{name: _layout for name in ("cat", "stack", "index_select", "gather", "take_along_dim", "unfold", "contiguous")},

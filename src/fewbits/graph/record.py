@@ -34,7 +34,9 @@ def record(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
         recorder.install(model)
     except RuntimeError as error:
         recorder.remove()
-        raise FewbitsError(f"{type(model).__name__} has a submodule that refuses hooks (scripted?): {error}") from error
+        scripted = [name or "the model itself" for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+        place = f"{type(model).__name__}: {scripted[0]} is scripted" if scripted else f"{type(model).__name__} has a submodule"
+        raise FewbitsError(f"{place} and cannot be watched; load the model unscripted ({error})") from error
     try:
         with torch.no_grad():
             recorder.inputs((args, kwargs))
@@ -143,7 +145,7 @@ class _Recorder(Tracer):
         value = Value(len(self.values), tuple(tensor.shape), tensor.dtype, call, kind, param, aliased, data)
         self.values.append(value)
         self._held.append(tensor)
-        self._known[id(tensor)] = (value.id, tensor._version)
+        self._known[id(tensor)] = (value.id, _version(tensor))
         return value.id
 
     def inputs(self, tree: Any) -> None:
@@ -163,10 +165,16 @@ class _Recorder(Tracer):
         return self._names.get(id(tensor))
 
     def _ref(self, tensor: Tensor) -> Ref:
+        frame = self.stack[-1] if self.stack else None
+        if frame is not None:
+            for name, param in frame.module._parameters.items():
+                # Before `_known`: offloading makes the parameter by calls within this very forward.
+                if param is tensor:
+                    return Ref(self._new_param(tensor, f"{frame.path}.{name}" if frame.path else name, "parameter"))
         known = self._known.get(id(tensor))
         if known is not None:
             value_id, version = known
-            if tensor._version == version:
+            if _version(tensor) == version:
                 return Ref(value_id)
             writer = self._last_writer.get(_address(tensor))
             return Ref(self._new(tensor, "call", writer, aliased=True))
@@ -184,7 +192,7 @@ class _Recorder(Tracer):
     # -- calls -------------------------------------------------------------------------------------------------------
     def handle(self, op: str, key: CallKey | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refs = pytree.tree_map(lambda x: self._ref(x) if isinstance(x, Tensor) else x, (args, kwargs))
-        before = {id(x): x._version for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        before = {id(x): _version(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         output = func(*args, **kwargs)
         target = args[0] if op == "setitem" else output
         leaves = [x for x in pytree.tree_leaves(target) if isinstance(x, Tensor)]
@@ -194,7 +202,7 @@ class _Recorder(Tracer):
         frame = self.stack[-1] if self.stack else None
         param = self._laid_out_from(op, refs)
         outputs = tuple(self._new(leaf, "call", index, param) for leaf in leaves)
-        inplace = any(id(leaf) in before and leaf._version != before[id(leaf)] for leaf in leaves)
+        inplace = any(id(leaf) in before and _version(leaf) != before[id(leaf)] for leaf in leaves)
         if inplace:
             self._last_writer[_address(leaves[0])] = index
         bound = bind(op, *refs) if op in SLOTS else {}
@@ -322,6 +330,11 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 
 def _is_ref(x: Any) -> bool:
     return isinstance(x, Ref)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _address(tensor: Tensor) -> int:

@@ -8,14 +8,14 @@ permits (shift, permutation, rotation) follows from what its channels pass on th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewbits.graph.labels import FIRST
+from fewbits.graph.labels import FIRST, FIXED, distinct
 from fewbits.graph.propagate import REPLACEABLE, Propagation, Slot, Vector, View, propagate
 from fewbits.graph.types import CallKey, Graph
 
@@ -26,7 +26,7 @@ _TAG_FORBIDS: dict[str, frozenset[str]] = {
     "gate": frozenset({"shift", "permute", "rotate"}),
     "attention": frozenset({"permute", "rotate"}),
 }
-_NORM_OPS = ("layer_norm", "rms_norm", "group_norm", "instance_norm", "mul")
+_NORM_OPS = ("layer_norm", "rms_norm", "group_norm", "instance_norm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,8 @@ class Relation:
     """Channels that producers make and consumers read, and nothing else does.
 
     `size` channels. `blocked_by`: ops that must be replaced first (only in `would_be_relations`). `uncovered`: parameters that the
-    recorded forward used in part only, or modules beside the ends that never ran: the relation may be incomplete.
+    recorded forward used in part only, or modules beside the ends that never ran: the relation may be incomplete. `moves`: calls whose
+    outputs a change shows in; `meets`: calls that read the channels, whose outputs stay (a pair's products of queries and keys).
     """
 
     name: str
@@ -77,6 +78,8 @@ class Relation:
     permits: frozenset[str]
     blocked_by: frozenset[str] = frozenset()
     uncovered: tuple[str, ...] = ()
+    moves: frozenset[CallKey] = frozenset()
+    meets: tuple[CallKey, ...] = ()
 
     @property
     def ends(self) -> tuple[End, ...]:
@@ -105,11 +108,7 @@ def find_relations(graph: Graph) -> list[Relation]:
 
 
 def would_be_relations(graph: Graph, ops: Iterable[str] = REPLACEABLE) -> list[Relation]:
-    """Relations that hold once the named ops (default: ReLU6 and bounded ReLUs) are replaced; see `Relation.blocked_by`.
-
-    With ops={"pow"} or {"layer_norm"} this gives the residual stream of a pre-norm transformer: the group that may be rotated once
-    the norms' own weights are folded away.
-    """
+    """Relations that hold once the named ops (default: ReLU6 and bounded ReLUs) are replaced; see `Relation.blocked_by`."""
     return _Reader(graph).relations(frozenset(ops))
 
 
@@ -140,6 +139,7 @@ _OP_KIND = {
     "batch_norm": "conv",  # folds into the convolution before it
     **{name: "linear" for name in ("linear", "addmm", "matmul", "grouped_mm")},
     **{name: "norm" for name in _NORM_OPS},
+    "mul": "layer scale",
 }
 
 
@@ -151,7 +151,6 @@ class _Member:
     labels: Tensor
     produces: bool
     order: tuple[int, int]
-    bias_labels: Tensor | None = None
     classes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
@@ -184,24 +183,30 @@ class _Reader:
         if allowed:
             keep &= lifted
         found = []
-        for classes in self._groups(keep):
+        for classes, members in self._groups(keep, np.arange(n)):
             by = frozenset(reason for reason in allowed if reason in self.blocks and self.blocks[reason][classes].any())
-            members = [m for m in self.members if np.isin(m.classes, classes).any()]
             makers = [m for m in members if m.produces]
             readers = [m for m in members if not m.produces]
             found.append(self._relation(makers, readers, classes, by, frozenset()))
-        return _named(found)
+        return self._placed(_named(found), [classes for classes, _ in self._groups(keep, np.arange(n))])
 
-    def _groups(self, keep: np.ndarray) -> list[np.ndarray]:
-        """The kept classes, cut into sets with the same members, in order of first appearance."""
-        n = len(keep)
-        signature = np.zeros(n, dtype=np.uint64)
+    def _groups(self, keep: np.ndarray, part: np.ndarray) -> Iterator[tuple[np.ndarray, list[_Member]]]:
+        """The kept classes, cut into sets whose parts have the same members, in order of first appearance."""
+        signature = np.zeros(len(keep), dtype=np.uint64)
         random = np.random.default_rng(0)
         for member in self.members:
-            signature[np.unique(member.classes)] += random.integers(1, 1 << 63, dtype=np.uint64)
+            mine = np.unique(part[member.classes[keep[member.classes]]])
+            signature[mine] += random.integers(1, 1 << 63, dtype=np.uint64)
         kept = np.flatnonzero(keep)
-        _, first, which = np.unique(signature[kept], return_index=True, return_inverse=True)
-        return [kept[which == group] for group in np.argsort(first)]
+        _, first, which = np.unique(signature[part[kept]], return_index=True, return_inverse=True)
+        number_of = np.full(len(keep), -1, dtype=np.int64)
+        number_of[kept] = which
+        members: dict[int, list[_Member]] = {}
+        for member in self.members:
+            for number in np.unique(number_of[member.classes]):
+                members.setdefault(int(number), []).append(member)
+        for number in np.argsort(first):
+            yield kept[which == number], members[int(number)]
 
     def pairs(self) -> list[Relation]:
         n = len(self.labels)
@@ -214,50 +219,63 @@ class _Reader:
             q, k = self.labels.classes(queries), self.labels.classes(keys)
             live = (q >= FIRST) & (k >= FIRST)
             for one, other in ((q, k), (k, q)):
-                blocked[one[(one >= FIRST) & (other == 0)]] = True
+                blocked[one[(one >= FIRST) & (other == FIXED)]] = True
             on_query[q[live]] = True
             on_key[k[live]] = True
             edges.append(np.unique(np.stack([q[live], k[live]]), axis=1))
         if not edges:
             return []
-        joined = np.concatenate(edges, axis=1)
-        group = np.arange(n)
-        while True:  # the components of the query-key graph: smallest class of each
-            low = np.minimum(group[joined[0]], group[joined[1]])
-            before = group.copy()
-            np.minimum.at(group, joined[0], low)
-            np.minimum.at(group, joined[1], low)
-            if np.array_equal(before, group):
-                break
+        component = _components(np.concatenate(edges, axis=1), n)
         part = on_query | on_key
         bad = np.zeros(n, dtype=bool)
-        bad[group[part & (blocked | (on_query & on_key))]] = True
-        keep = part & ~bad[group]
+        bad[component[part & (blocked | (on_query & on_key))]] = True
         for member in self.members:
             if not member.produces:  # a channel that something else reads too is left alone
-                bad[group[member.classes[keep[member.classes]]]] = True
-        keep = part & ~bad[group]
-        found = []
-        for classes in self._pair_groups(keep, group):
-            sides: tuple[list[_Member], list[_Member]] = ([], [])
-            for member in self.members:
-                mine = np.unique(member.classes[np.isin(member.classes, classes)])
-                if mine.size:
-                    sides[0 if on_query[mine].any() else 1].append(member)
-            if sides[0] and sides[1]:
-                found.append(self._relation(*sides, classes, frozenset(), frozenset({"query_key"}), group))
-        return _named(found)
+                bad[component[member.classes[part[member.classes]]]] = True
+        keep = part & ~bad[component]
+        found, taken = [], []
+        for classes, members in self._groups(keep, component):
+            mine = np.zeros(n, dtype=bool)
+            mine[classes] = True
+            queries, keys = ([m for m in members if (mine & side)[m.classes].any()] for side in (on_query, on_key))
+            if queries and keys:
+                numbers = np.unique(component[classes])
+                channel = np.full(n, -1, dtype=np.int64)
+                channel[classes] = np.searchsorted(numbers, component[classes])
+                left, right = (
+                    _cut(m, np.where(side, channel, -1)) for m, side in ((queries, on_query), (keys, on_key))
+                )
+                made = self._finish(left, right, classes, len(numbers), frozenset(), frozenset({"query_key"}))
+                meets = dict.fromkeys(
+                    key for queries_, _, key in self.p.pairs if mine[self.labels.classes(queries_)].any()
+                )
+                found.append(replace(made, meets=tuple(meets)))
+                taken.append(classes)
+        return self._placed(_named(found), taken)
 
-    def _pair_groups(self, keep: np.ndarray, group: np.ndarray) -> list[np.ndarray]:
-        """Kept classes cut by the parameters their whole component touches."""
-        signature = np.zeros(len(keep), dtype=np.uint64)
-        random = np.random.default_rng(0)
-        for member in self.members:
-            mine = np.unique(group[member.classes[keep[member.classes]]])
-            signature[mine] += random.integers(1, 1 << 63, dtype=np.uint64)
-        kept = np.flatnonzero(keep)
-        _, first, which = np.unique(signature[group[kept]], return_index=True, return_inverse=True)
-        return [kept[which == number] for number in np.argsort(first)]
+    def _placed(self, found: list[Relation], classes: list[np.ndarray]) -> list[Relation]:
+        """The relations with the calls in whose outputs they show."""
+        number_of = np.full(len(self.labels), -1, dtype=np.int64)
+        for number, mine in enumerate(classes):
+            number_of[mine] = number
+        moves: list[set[CallKey]] = [set() for _ in found]
+        for call in self.graph.calls:
+            for output in call.outputs if call.key is not None else ():
+                labels = self.p.of.get(output)
+                if labels is not None and labels.numel():
+                    held = distinct(labels)
+                    numbers = np.unique(number_of[self.labels.find(held[held >= FIRST])])
+                    for number in numbers[numbers >= 0]:
+                        assert call.key is not None
+                        moves[number].add(call.key)
+        return [
+            replace(
+                relation,
+                moves=frozenset(mine),
+                meets=relation.meets or tuple(dict.fromkeys(key for end in relation.consumers for key in end.calls)),
+            )
+            for relation, mine in zip(found, moves, strict=True)
+        ]
 
     def _relation(
         self,
@@ -266,33 +284,53 @@ class _Reader:
         classes: np.ndarray,
         blocked_by: frozenset[str],
         tags: frozenset[str],
-        group: np.ndarray | None = None,
     ) -> Relation:
-        numbers = classes if group is None else np.unique(group[classes])
         channel = np.full(len(self.labels), -1, dtype=np.int64)
-        channel[classes] = np.searchsorted(numbers, classes if group is None else group[classes])
+        channel[classes] = np.arange(len(classes))
+        return self._finish(_cut(makers, channel), _cut(readers, channel), classes, len(classes), blocked_by, tags)
 
-        def cut(members: list[_Member]) -> tuple[End, ...]:
-            ends = []
-            for member in sorted(members, key=lambda m: m.order):
-                end = replace(member.end, channel_of=torch.from_numpy(channel[member.classes]))
-                if not member.produces and end.bias is not None:
-                    end = replace(end)
-                ends.append(end)
-            return tuple(ends)
-
+    def _finish(
+        self,
+        producers: tuple[End, ...],
+        consumers: tuple[End, ...],
+        classes: np.ndarray,
+        size: int,
+        blocked_by: frozenset[str],
+        tags: frozenset[str],
+    ) -> Relation:
         tags = tags | {tag for tag, flags in self.tags.items() if flags[classes].any()}
-        producers, consumers = cut(makers), cut(readers)
         permits = set(USES)
         for tag in tags:
             permits -= _TAG_FORBIDS.get(tag, frozenset())
         permits -= {use for use, flags in self.forbidden.items() if flags[classes].any()}
-        permits -= _forbidden_by_ends(producers, consumers, len(numbers))
+        permits -= _forbidden_by_ends(producers, consumers, size)
         if "query_key" in tags:
             permits &= {"scale", "positive_scale"}
         uncovered = [name for name in self.partial if any(end.param == name for end in (*producers, *consumers))]
-        uncovered += _idle_beside(producers + consumers, self.idle)
-        return Relation("", producers, consumers, len(numbers), tags, frozenset(permits), blocked_by, tuple(dict.fromkeys(uncovered)))
+        uncovered += _idle_beside((*producers, *consumers), self.idle)
+        return Relation(
+            "", producers, consumers, size, tags, frozenset(permits), blocked_by, tuple(dict.fromkeys(uncovered))
+        )
+
+
+def _cut(members: list[_Member], channel: np.ndarray) -> tuple[End, ...]:
+    """The members' ends with their rows numbered by channel, in call order."""
+    return tuple(
+        replace(member.end, channel_of=torch.from_numpy(channel[member.classes]))
+        for member in sorted(members, key=lambda m: m.order)
+    )
+
+
+def _components(edges: np.ndarray, n: int) -> np.ndarray:
+    """The connected components of a graph over n nodes: the smallest node of each."""
+    group = np.arange(n)
+    while True:
+        before = group.copy()
+        low = np.minimum(group[edges[0]], group[edges[1]])
+        np.minimum.at(group, edges[0], low)
+        np.minimum.at(group, edges[1], low)
+        if np.array_equal(before, group):
+            return group
 
 
 def _forbidden_by_ends(producers: tuple[End, ...], consumers: tuple[End, ...], size: int) -> set[str]:
@@ -342,7 +380,7 @@ def _members(p: Propagation) -> list[_Member]:
             return None
         taken = claimed.setdefault(name, torch.zeros(len(p.vectors[name].labels), dtype=torch.bool))
         if bool(taken[index].any()):
-            return None  # a second reader of the same bias: its labels are joined, and it is scaled once
+            return index[:0]  # a second reader of the same bias: its labels are joined, and it is scaled once
         taken[index] = True
         return index
 
@@ -351,7 +389,7 @@ def _members(p: Propagation) -> list[_Member]:
         whole = slot.view is not None and torch.Size(slot.view[0]).numel() == torch.Size(slot.shape).numel()
         end = End(
             slot.name, slot.op, "out", slot.param, slot.out, slot.layout, slot.groups, slot.view, slot.index,
-            slot.bias if bias_index is not None else None, bias_index, 0.0, tuple(slot.calls), whole,
+            slot.bias, bias_index, 0.0, tuple(slot.calls), whole,
         )  # fmt: skip
         members.append(_Member(end, slot.out, True, (slot.order, 0)))
         if slot.inputs is not None:
@@ -362,7 +400,12 @@ def _members(p: Propagation) -> list[_Member]:
     for vector in affine:
         same = vector.bias is not None and len(p.vectors[vector.bias].labels) == len(vector.labels)
         bias_index = claim(vector.bias if same else None, torch.arange(len(vector.labels)))
-        members.append(_Member(_vector_end(vector, vector.bias if bias_index is not None else None, bias_index), vector.labels, True, (vector.order, 0)))
+        end = _vector_end(vector, vector.bias if bias_index is not None else None, bias_index)
+        members.append(_Member(end, vector.labels, True, (vector.order, 0)))
+        if vector.inputs is not None:
+            members.append(
+                _Member(replace(end, axis="in", bias=None, bias_index=None), vector.inputs, False, (vector.order, 1))
+            )
     for vector in p.vectors.values():
         if vector.kind == "affine":
             continue
@@ -378,7 +421,19 @@ def _members(p: Propagation) -> list[_Member]:
 def _vector_end(vector: Vector, bias: str | None, bias_index: Tensor | None) -> End:
     name = vector.name or vector.param
     return End(
-        name, vector.op, vector.kind, vector.param, vector.labels, "vector", 1, None, None, bias, bias_index, vector.offset, tuple(vector.calls)
+        name,
+        vector.op,
+        vector.kind,
+        vector.param,
+        vector.labels,
+        "vector",
+        1,
+        None,
+        None,
+        bias,
+        bias_index,
+        vector.offset,
+        tuple(vector.calls),
     )
 
 
@@ -428,7 +483,12 @@ def _extend_stacks(p: Propagation) -> list[str]:
                         for number in missing:
                             _join_if_shared(p, [rows[e] for e in sorted(slot.touched)], rows[number])
         else:
-            seen_in[name] = sum(s.index.numel() if s.view is None and s.index is not None else torch.Size((s.view or ((), (), 0))[0]).numel() for s in slots)
+            seen_in[name] = sum(
+                s.index.numel()
+                if s.view is None and s.index is not None
+                else torch.Size((s.view or ((), (), 0))[0]).numel()
+                for s in slots
+            )
             if seen_in[name] < torch.Size(shape).numel():
                 partial.append(name)
     partial += [name for name, vector in p.vectors.items() if not bool(vector.touched.all())]

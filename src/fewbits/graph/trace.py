@@ -7,6 +7,7 @@ whichever hooked module runs first, a unit run alone, a checkpoint's recomputati
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,7 @@ class _Threads(threading.local):
 
 
 _threads = _Threads()
+_tokens = itertools.count()
 
 
 class _Enter:
@@ -95,6 +97,11 @@ class Tracer:
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
+        self._token = next(_tokens)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._token = next(_tokens)  # a copy runs on its own
 
     # -- attaching ---------------------------------------------------------------------------------------------------
     def install(self, model: nn.Module) -> None:
@@ -111,13 +118,13 @@ class Tracer:
     # -- the module stack --------------------------------------------------------------------------------------------
     @property
     def stack(self) -> list[Frame]:
-        return _threads.stacks.setdefault(id(self), [])
+        return _threads.stacks.setdefault(self._token, [])
 
     def enter(self, path: str, module: nn.Module) -> None:
         stack = self.stack
         if not stack:
             mode = _Mode(self)
-            _threads.modes[id(self)] = mode
+            _threads.modes[self._token] = mode
             mode.__enter__()
             self.started()
         stack.append(Frame(path, module))
@@ -132,8 +139,8 @@ class Tracer:
             self.left(frame)
         finally:
             if not stack:
-                _threads.stacks.pop(id(self), None)
-                _threads.modes.pop(id(self)).__exit__(None, None, None)
+                _threads.stacks.pop(self._token, None)
+                _threads.modes.pop(self._token).__exit__(None, None, None)
 
     def started(self) -> None:
         """The outermost hooked module starts."""

@@ -1,21 +1,23 @@
-"""Data references to batches: `load_data`. How raw samples become input is the model's own affair (`LoadedModel.preprocessing`, `tokenizer`).
+"""Data references to batches: `load_data`. How raw samples become input is the model's own affair
+(`LoadedModel.preprocessing`, `tokenizer`).
 
 Which samples are used is stated and repeatable:
 
-- calibration: `samples` of them, drawn without replacement with the seed (128, or all where there are fewer, if not said). Language
-  models: windows of `seqlen` tokens at random places of the joined text.
-- evaluation: the first `samples` in the order of the data, all by default. Language models: windows of `seqlen` tokens every `stride`
-  tokens; every window predicts each of its next tokens, and only the last `stride` of them count after the first window. Windows that
-  the text does not fill are dropped.
+- calibration: `samples` of them, drawn without replacement with the seed (128, or all where there are fewer, if not
+  said). Language models: windows of `seqlen` tokens at random places of the joined text.
+- evaluation: the first `samples` in the order of the data, all by default. Language models: windows of `seqlen`
+  tokens every `stride` tokens; every window predicts each of its next tokens, and only the last `stride` of them
+  count after the first window. Windows that the text does not fill are dropped.
 
-Documents (lines of a jsonl file, rows of a table, several text files) are joined each after the tokenizer's end-of-text token; one plain
-text file is taken as it is.
+Documents (lines of a jsonl file, rows of a table, several text files) are joined each after the tokenizer's
+end-of-text token; one plain text file is taken as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,13 +38,22 @@ CALIBRATION_SAMPLES = 128
 SEQLEN = 2048  # at most, where neither the caller nor the model says less
 IGNORED = -100  # target positions that do not count
 
-_TEXT_DOMAINS = ("text-classification", "fill-mask", "text-to-text", "token-classification", "question-answering", "other")
+_TEXT_DOMAINS = (
+    "text-classification",
+    "fill-mask",
+    "text-to-text",
+    "token-classification",
+    "question-answering",
+    "other",
+)
 _IMAGE_DOMAINS = ("image", "object-detection", "image-segmentation", "depth-estimation", "other")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Model input (tensor, or dict of keyword arguments) and what is expected of the output, [batch] or [batch, length], or None."""
+    """Model input (tensor, or dict of keyword arguments) and what is expected of the output, [batch] or [batch,
+    length], or None.
+    """
 
     inputs: Any
     targets: Tensor | None
@@ -57,7 +68,9 @@ class Data(ABC):
         description: JSON-able: which samples were chosen and how they were cut.
     """
 
-    def __init__(self, ref: str, loaded: LoadedModel, purpose: str, batch_size: int, samples: int, description: dict[str, Any]) -> None:
+    def __init__(
+        self, ref: str, loaded: LoadedModel, purpose: str, batch_size: int, samples: int, description: dict[str, Any]
+    ) -> None:
         self.ref, self.domain, self.purpose = ref, loaded.domain, purpose
         self.batch_size, self.samples, self.dtype = batch_size, samples, loaded.dtype
         self.description = {"data": ref, "samples": samples, **description}
@@ -77,7 +90,7 @@ class Data(ABC):
 
     def __len__(self) -> int:
         """Number of batches."""
-        return -(-self.samples // self.batch_size)
+        return math.ceil(self.samples / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         digest = hashlib.sha256()
@@ -132,22 +145,24 @@ def load_data(
     purpose: str = "calibration",
     seqlen: int | None = None,
     stride: int | None = None,
+    default_samples: int = CALIBRATION_SAMPLES,
 ) -> Data:
     """Samples of `ref` prepared for `loaded`; the module's text says which and how.
 
     Args:
-        ref: `FILE.parquet`, an image folder, a `.txt`, `.jsonl`, `.tsv` or `.csv` file, a folder of these, `hf-dataset:NAME[:CONFIG][:SPLIT]`
-            or `demo:NAME[:SPLIT]`.
+        ref: `FILE.parquet`, an image folder, a `.txt`, `.jsonl`, `.tsv` or `.csv` file, a folder of these,
+            `hf-dataset:NAME[:CONFIG][:SPLIT]` or `demo:NAME[:SPLIT]`.
         samples: how many images, sentences or token windows.
         seed: draws the calibration samples; evaluation of diffusion models draws its noise with it.
         split: which file of a folder or split of a data set.
         purpose: "calibration" or "evaluation".
         seqlen: tokens of a window; by default the model's longest text, 2048 at most.
         stride: tokens between two evaluation windows; by default `seqlen`, so that they do not overlap.
+        default_samples: calibration samples where `samples` is not given; fewer where there are fewer.
 
     Raises:
-        FewbitsError: nothing there, a corrupt file, no samples, more samples asked for than there are, data of a kind that the model does
-            not take, no known preprocessing or tokenizer.
+        FewbitsError: nothing there, a corrupt file, no samples, more samples asked for than there are, data of a
+            kind that the model does not take, no known preprocessing or tokenizer.
     """
     if purpose not in ("calibration", "evaluation"):
         raise FewbitsError(f"purpose {purpose!r} is neither calibration nor evaluation")
@@ -155,7 +170,7 @@ def load_data(
         if value is not None and value < 1:
             raise FewbitsError(f"{name} {value}: at least 1 is needed")
     text = str(ref).strip()
-    plan = _Plan(text, loaded, purpose, batch_size, samples, seed)
+    plan = _Plan(text, loaded, purpose, batch_size, samples, seed, default_samples)
     if text.startswith("demo:"):
         return _demo(plan, split)
     source = open_source(text, split=split, default_split="train" if purpose == "calibration" else "test")
@@ -167,7 +182,9 @@ def load_data(
         return Images(plan, source)
     if source.kind != "images" and loaded.domain in _TEXT_DOMAINS:
         return Sentences(plan, source.lines() if isinstance(source, TextFiles) else source)
-    raise FewbitsError(f"data {text!r} holds {source.kind}, which a model of domain {loaded.domain!r} ({loaded.ref}) does not take")
+    raise FewbitsError(
+        f"data {text!r} holds {source.kind}, which a model of domain {loaded.domain!r} ({loaded.ref}) does not take"
+    )
 
 
 @dataclass(frozen=True)
@@ -180,26 +197,34 @@ class _Plan:
     batch_size: int
     samples: int | None
     seed: int
+    default_samples: int
 
     def choose(self, count: int) -> tuple[list[int], dict[str, Any]]:
         """Indices into `count` samples and the sentence that says how they were chosen."""
         wanted = self.samples
         if wanted is None:
-            wanted = min(CALIBRATION_SAMPLES, count) if self.purpose == "calibration" else count
+            wanted = min(self.default_samples, count) if self.purpose == "calibration" else count
         if wanted > count:
             raise FewbitsError(f"data {self.ref!r} holds {count} samples, fewer than the {wanted} asked for")
         if self.purpose == "calibration":
             order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
-            return order[:wanted].tolist(), {"subset": f"{wanted} of {count}, drawn with seed {self.seed}", "seed": self.seed}
+            return order[:wanted].tolist(), {
+                "subset": f"{wanted} of {count}, drawn with seed {self.seed}",
+                "seed": self.seed,
+            }
         return list(range(wanted)), {"subset": "all" if wanted == count else f"the first {wanted} of {count}"}
 
-    def data_args(self, samples: int, description: dict[str, Any]) -> tuple[str, LoadedModel, str, int, int, dict[str, Any]]:
+    def data_args(
+        self, samples: int, description: dict[str, Any]
+    ) -> tuple[str, LoadedModel, str, int, int, dict[str, Any]]:
         return self.ref, self.loaded, self.purpose, self.batch_size, samples, description
 
 
 def _of_kind(source: Source, plan: _Plan, kind: str) -> Source:
     if (source.kind == "images") != (kind == "images"):
-        raise FewbitsError(f"data {plan.ref!r} holds {source.kind}; model {plan.loaded.ref!r} ({plan.loaded.domain}) takes {kind}")
+        raise FewbitsError(
+            f"data {plan.ref!r} holds {source.kind}; model {plan.loaded.ref!r} ({plan.loaded.domain}) takes {kind}"
+        )
     return source
 
 
@@ -209,7 +234,10 @@ class Images(Data):
     def __init__(self, plan: _Plan, source: Source) -> None:
         loaded = plan.loaded
         if loaded.preprocessing is None:
-            raise FewbitsError(f"model {loaded.ref!r} states no preprocessing (input_size, mean, std), so images cannot be prepared for it")
+            raise FewbitsError(
+                f"model {loaded.ref!r} states no preprocessing (input_size, mean, std), so images cannot be "
+                "prepared for it"
+            )
         indices, description = plan.choose(len(source))
         super().__init__(*plan.data_args(len(indices), description))
         self._source, self._indices = source, indices
@@ -228,7 +256,10 @@ class Images(Data):
             return (items,), {}
         shapes = {tuple(item.shape) for item in items}
         if len(shapes) > 1:
-            raise FewbitsError(f"data {self.ref!r}: the model's preprocessing leaves images of different sizes ({shapes}); use batch size 1")
+            raise FewbitsError(
+                f"data {self.ref!r}: the model's preprocessing leaves images of different sizes ({shapes}); use "
+                "batch size 1"
+            )
         batch = torch.stack(items)
         return {self._keyword: batch} if self._keyword else batch
 
@@ -260,7 +291,10 @@ class _Labels:
         if record.label is None or isinstance(record.label, int):
             return record.label
         if str(record.label) not in self._known:
-            raise FewbitsError(f"{record.where}: label {record.label!r} is none of the classes of {self._model!r}: {', '.join(list(self._known)[:8])}")
+            raise FewbitsError(
+                f"{record.where}: label {record.label!r} is none of the classes of {self._model!r}: "
+                f"{', '.join(list(self._known)[:8])}"
+            )
         return self._known[str(record.label)]
 
 
@@ -290,7 +324,10 @@ def _tokenizer(loaded: LoadedModel) -> Any:
 
 
 class Windows(Data):
-    """Windows of tokens for language models. Targets are the next tokens, `IGNORED` where another window has counted them."""
+    """Windows of tokens for language models.
+
+    Targets are the next tokens, `IGNORED` where another window has counted them.
+    """
 
     def __init__(self, plan: _Plan, source: Source, seqlen: int | None, stride: int | None) -> None:
         longest = max_length(plan.loaded)
@@ -299,24 +336,35 @@ class Windows(Data):
             raise FewbitsError(f"seqlen {self.seqlen}: model {plan.loaded.ref!r} takes {longest} tokens at most")
         self.stride = stride or self.seqlen
         if self.stride > self.seqlen:
-            raise FewbitsError(f"stride {self.stride} is larger than seqlen {self.seqlen}: tokens between the windows would be left out")
+            raise FewbitsError(
+                f"stride {self.stride} is larger than seqlen {self.seqlen}: tokens between the windows would be "
+                "left out"
+            )
         self._tokens = _join(source, _tokenizer(plan.loaded), plan)
         available = len(self._tokens) - 1 - self.seqlen  # one more token than the window, to be predicted by its last
         if available < 0:
-            raise FewbitsError(f"data {plan.ref!r} holds {len(self._tokens)} tokens, fewer than one window of {self.seqlen} and its next token")
+            raise FewbitsError(
+                f"data {plan.ref!r} holds {len(self._tokens)} tokens, fewer than one window of {self.seqlen} and "
+                "its next token"
+            )
         if plan.purpose == "calibration":
-            count = plan.samples or CALIBRATION_SAMPLES
+            count = plan.samples or plan.default_samples
             generator = torch.Generator().manual_seed(plan.seed)
             self._starts = torch.randint(available + 1, (count,), generator=generator).tolist()
-            description = {"subset": f"{count} windows at random places, drawn with seed {plan.seed}", "seed": plan.seed}
+            description = {
+                "subset": f"{count} windows at random places, drawn with seed {plan.seed}",
+                "seed": plan.seed,
+            }
         else:
             self._starts, description = plan.choose(available // self.stride + 1)
             self._starts = [number * self.stride for number in self._starts]
-            description["stride"] = self.stride  # type: ignore[assignment]
-        description |= {"window": self.seqlen, "tokens_of_data": len(self._tokens)}  # type: ignore[dict-item]
+            description["stride"] = self.stride
+        description |= {"window": self.seqlen, "tokens_of_data": len(self._tokens)}
         super().__init__(*plan.data_args(len(self._starts), description))
         names = plan.loaded.kind == "transformers"
-        self._options: dict[str, Any] | None = {"use_cache": False} if names and _takes(plan.loaded.model, "use_cache") else ({} if names else None)
+        self._options: dict[str, Any] | None = (
+            {"use_cache": False} if names and _takes(plan.loaded.model, "use_cache") else ({} if names else None)
+        )
 
     def _items(self) -> Iterator[tuple[Any, Any]]:
         for number, start in enumerate(self._starts):
@@ -342,7 +390,10 @@ def _join(source: Source, tokenizer: Any, plan: _Plan) -> Tensor:
     single = isinstance(source, TextFiles) and len(source) == 1
     eos = tokenizer.eos_token_id
     if eos is None and not single:
-        raise FewbitsError(f"model {plan.loaded.ref!r}: its tokenizer has no end-of-text token to put between documents; give one text file")
+        raise FewbitsError(
+            f"model {plan.loaded.ref!r}: its tokenizer has no end-of-text token to put between documents; give "
+            "one text file"
+        )
     tokens: list[int] = []
     for record in source.records(range(len(source))):
         if not single:
@@ -359,7 +410,8 @@ def _encode(tokenizer: Any, text: str) -> Sequence[int]:
 
 
 class NoisyImages(Data):
-    """Images noised by the model's own scheduler at random time steps, for pixel-space denoisers; the target is what it is trained to predict.
+    """Images noised by the model's own scheduler at random time steps, for pixel-space denoisers; the target is what
+    it is trained to predict.
 
     Noise and steps are drawn with the seed for all samples together: noise first, then steps.
     """
@@ -370,7 +422,8 @@ class NoisyImages(Data):
         settings = loaded.rebuild_spec.get("scheduler")
         if not settings or loaded.preprocessing is None or _takes(loaded.model, "encoder_hidden_states"):
             raise FewbitsError(
-                f"model {loaded.ref!r}: images can be noised only for unconditional pixel-space denoisers that come with a scheduler "
+                f"model {loaded.ref!r}: images can be noised only for unconditional pixel-space denoisers that "
+                "come with a scheduler "
                 "configuration; pass batches of your own"
             )
         self._scheduler = diffusers.DDPMScheduler.from_config(settings)
@@ -378,8 +431,15 @@ class NoisyImages(Data):
         if self._kind not in ("epsilon", "sample", "v_prediction"):
             raise FewbitsError(f"model {loaded.ref!r}: unknown prediction type {self._kind!r} of its scheduler")
         indices, description = plan.choose(len(source))
-        super().__init__(*plan.data_args(len(indices), {**description, "noise_seed": plan.seed, "predicts": self._kind}))
-        self._source, self._indices, self._seed, self._shape = source, indices, plan.seed, tuple(loaded.preprocessing["input_size"])
+        super().__init__(
+            *plan.data_args(len(indices), {**description, "noise_seed": plan.seed, "predicts": self._kind})
+        )
+        self._source, self._indices, self._seed, self._shape = (
+            source,
+            indices,
+            plan.seed,
+            tuple(loaded.preprocessing["input_size"]),
+        )
         self._transform = image_transform(loaded.preprocessing)
         self._mode = "L" if channels(loaded.preprocessing) == 1 else "RGB"
 
@@ -418,10 +478,10 @@ class Prepared(Data):
 def _demo(plan: _Plan, split: str | None) -> Data:
     """`demo:NAME[:SPLIT]`; the split is by default the one for the purpose."""
     from fewbits import demo
-    from fewbits.hub.adapters.demo import check_name
+    from fewbits.hub.references import check_demo
 
     name, _, stated = plan.ref.removeprefix("demo:").partition(":")
-    check_name(name)
+    check_demo(name)
     chosen = stated or split or plan.purpose
     if plan.loaded.kind != "demo" or plan.loaded.rebuild_spec.get("name") != name:
         raise FewbitsError(f"data {plan.ref!r} belongs to the model demo:{name}, not to {plan.loaded.ref!r}")

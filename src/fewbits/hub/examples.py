@@ -35,7 +35,9 @@ def example_batch(loaded: LoadedModel, batch_size: int = 1) -> Any:
         return draw.integers(vocabulary, batch_size, min(TEXT_LENGTH, length))
     shape = (loaded.preprocessing or {}).get("input_size") or loaded.config.get("input_size")
     if shape is None:
-        raise FewbitsError(f"model {loaded.ref!r}: its configuration states no 'input_size' ([channels, height, width])")
+        raise FewbitsError(
+            f"model {loaded.ref!r}: its configuration states no 'input_size' ([channels, height, width])"
+        )
     if loaded.domain == "object-detection" and loaded.kind == "torchvision":
         return (([draw.uniform(*shape) for _ in range(batch_size)],), {})
     return draw.normal(batch_size, *shape)
@@ -59,9 +61,9 @@ class _Draw:
 
 
 def _transformers(loaded: LoadedModel, batch_size: int, draw: _Draw) -> dict[str, Any]:
-    config = loaded.model.config
+    config: Any = loaded.model.config
     parameters = inspect.signature(loaded.model.forward).parameters
-    main = getattr(loaded.model, "main_input_name", "input_ids")
+    main: str = getattr(loaded.model, "main_input_name", "input_ids")
     batch: dict[str, Any] = {}
     if main == "pixel_values":
         batch[main] = draw.normal(batch_size, *_image_shape(loaded, config))
@@ -81,7 +83,9 @@ def _transformers(loaded: LoadedModel, batch_size: int, draw: _Draw) -> dict[str
         if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
             batch["decoder_input_ids"] = ids.clone()
     else:
-        raise FewbitsError(f"model {loaded.ref!r}: no example is known for its input {main!r}; pass batches of your own")
+        raise FewbitsError(
+            f"model {loaded.ref!r}: no example is known for its input {main!r}; pass batches of your own"
+        )
     if "use_cache" in parameters:
         batch["use_cache"] = False
     return batch
@@ -89,7 +93,7 @@ def _transformers(loaded: LoadedModel, batch_size: int, draw: _Draw) -> dict[str
 
 def _image_shape(loaded: LoadedModel, config: Any) -> tuple[int, int, int]:
     spec = loaded.preprocessing or {}
-    size = getattr(config, "image_size", None) or spec.get("crop_size") or spec.get("size") or IMAGE_SIZE
+    size: Any = getattr(config, "image_size", None) or spec.get("crop_size") or spec.get("size") or IMAGE_SIZE
     if isinstance(size, dict):
         edge = size.get("shortest_edge", IMAGE_SIZE)
         height, width = size.get("height", edge), size.get("width", edge)
@@ -97,16 +101,24 @@ def _image_shape(loaded: LoadedModel, config: Any) -> tuple[int, int, int]:
         height, width = size[-2:]
     else:
         height = width = size
-    return int(getattr(config, "num_channels", 3) or 3), int(height), int(width)
+    colours: Any = getattr(config, "num_channels", None) or 3
+    return int(colours), int(height), int(width)
 
 
 def max_length(loaded: LoadedModel) -> int | None:
-    """The longest text in tokens that the model takes: the smallest of what its configuration and tokenizer state; None if neither does."""
+    """The longest text in tokens that the model takes.
+
+    The smallest of what its configuration and tokenizer state; None if neither does.
+    """
     if loaded.kind != "transformers":
         return loaded.config.get("max_length")
-    text = loaded.model.config.get_text_config()
+    config: Any = loaded.model.config
+    text = config.get_text_config()
     # every name the library's configurations use for the number of positions
-    stated = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")]
+    stated = [
+        getattr(text, name, None)
+        for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+    ]
     stated.append(getattr(loaded.tokenizer, "model_max_length", None))
     lengths = [int(value) for value in stated if isinstance(value, int) and 0 < value < 10**7]
     return min(lengths) if lengths else None
@@ -118,11 +130,15 @@ def _diffusion(loaded: LoadedModel, batch_size: int, draw: _Draw) -> dict[str, A
     names = inspect.signature(loaded.model.forward).parameters
     size = config.get("sample_size")
     if size is None or "in_channels" not in config:
-        raise FewbitsError(f"model {loaded.ref!r}: its configuration states no sample_size and in_channels; pass batches of your own")
+        raise FewbitsError(
+            f"model {loaded.ref!r}: its configuration states no sample_size and in_channels; pass batches of your own"
+        )
     height, width = (size, size) if isinstance(size, int) else size
     first = next((name for name in ("sample", "hidden_states") if name in names), None)
     if first is None:
-        raise FewbitsError(f"model {loaded.ref!r}: its forward takes neither 'sample' nor 'hidden_states'; pass batches of your own")
+        raise FewbitsError(
+            f"model {loaded.ref!r}: its forward takes neither 'sample' nor 'hidden_states'; pass batches of your own"
+        )
     batch: dict[str, Any] = {first: draw.normal(batch_size, int(config["in_channels"]), int(height), int(width))}
     if "timestep" in names:
         batch["timestep"] = draw.integers(1000, batch_size)

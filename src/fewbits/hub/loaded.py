@@ -22,8 +22,9 @@ class LoadedModel:
         ref: the reference as given.
         kind: the library it came through: "timm", "torchvision", "transformers", "diffusers", "demo" or "module".
         model: the module, in eval mode.
-        domain: what goes in and comes out: "image", "text-generation", "text-classification", "diffusion", or one of the further
-            domains of `transformers` ("fill-mask", "object-detection", ...); "other" where nothing is known.
+        domain: what goes in and comes out: "image", "text-generation", "text-classification", "diffusion", or one of
+            the further domains of `transformers` ("fill-mask", "object-detection", ...); "other" where nothing is
+            known.
         config: the model's configuration, JSON-able.
         rebuild_spec: JSON-able; `fewbits.hub.models.rebuild` makes the architecture from it and
             `fewbits.hub.models.from_spec` a LoadedModel, both without the original weights.
@@ -42,7 +43,10 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
 
     def example_batch(self, batch_size: int = 1) -> Any:
-        """A small synthetic batch in the model's input format, for recording a forward: the same values on every call."""
+        """A small synthetic batch in the model's input format, for recording a forward.
+
+        The same values on every call.
+        """
         from fewbits.hub.examples import example_batch
 
         return example_batch(self, batch_size)
@@ -58,7 +62,10 @@ class LoadedModel:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON holds it: tuples as lists, enums as their value, dtypes as their name; what JSON has no word for as text."""
+    """The value as JSON holds it.
+
+    Tuples as lists, enums as their value, dtypes as their name; what JSON has no word for as text.
+    """
 
     def other(item: Any) -> Any:
         if isinstance(item, torch.dtype):

@@ -22,7 +22,7 @@ from torch import nn
 
 from fewbits.errors import FewbitsError
 from fewbits.hub.loaded import LoadedModel, dtype_name, dtype_of
-from fewbits.hub.references import ModelRef, parse_model_ref
+from fewbits.hub.references import is_checkpoint, parse_model_ref
 
 __all__ = ["LoadedModel", "check_device", "from_spec", "load_model", "rebuild", "save_companions"]
 
@@ -62,15 +62,15 @@ def load_model(
     Args:
         ref: the reference. A directory's kind is told from its files.
         dtype: floating-point type of the model; checkpoints of fewbits keep the one they were made in.
-        code_module: `FILE.py:FUNCTION` that loads the model; called with `ref`. For a fewbits checkpoint of such a model, the
-            code that builds it.
+        code_module: `FILE.py:FUNCTION` that loads the model; called with `ref`. For a fewbits checkpoint of such a
+            model, the code that builds it.
 
     Raises:
         FewbitsError: nothing found under the reference, a package missing, weights truncated, corrupt or unfitting.
     """
     target = check_device(device)
     folder = Path(str(ref)).expanduser()
-    parsed = parse_model_ref(ref) if _is_checkpoint(folder) else parse_model_ref(ref, code_module)
+    parsed = parse_model_ref(ref) if is_checkpoint(folder) else parse_model_ref(ref, code_module)
     if parsed.kind == "fewbits":
         return _load_checkpoint(folder, target, code_module)
     loaded: LoadedModel = _adapter(parsed.kind).load(parsed, dtype)
@@ -79,12 +79,6 @@ def load_model(
     loaded.model.to(target)
     loaded.rebuild_spec = _complete(loaded, dtype)
     return loaded
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    from fewbits.hub.references import CHECKPOINT_FILE
-
-    return (folder / CHECKPOINT_FILE).is_file()
 
 
 def _load_checkpoint(folder: Path, device: torch.device, code_module: str | None) -> LoadedModel:
@@ -108,7 +102,8 @@ def _complete(loaded: LoadedModel, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def rebuild(spec: dict[str, Any], *, code_module: str | None = None) -> nn.Module:
-    """The architecture that `LoadedModel.rebuild_spec` describes, in eval mode, in its dtype, on the CPU. Its weights mean nothing.
+    """The architecture that `LoadedModel.rebuild_spec` describes, in eval mode, in its dtype, on the CPU. Its
+    weights mean nothing.
 
     Args:
         code_module: for models of kind `module`, the code that builds it: it is never run unasked.
@@ -130,7 +125,10 @@ def save_companions(loaded: LoadedModel, folder: Path) -> None:
 
 
 def from_spec(spec: dict[str, Any], folder: Path | None = None, *, code_module: str | None = None) -> LoadedModel:
-    """`rebuild` with its surroundings: tokenizer (from `folder`, written by `save_companions`), preprocessing, domain, configuration."""
+    """`rebuild` with its surroundings.
+
+    Tokenizer (from `folder`, written by `save_companions`), preprocessing, domain, configuration.
+    """
     tokenizer = None
     if spec["kind"] == "transformers" and folder is not None:
         tokenizer = _adapter("transformers").load_companions(folder)
@@ -138,21 +136,12 @@ def from_spec(spec: dict[str, Any], folder: Path | None = None, *, code_module: 
         tokenizer = _adapter("demo").demo_tokenizer(spec["model_config"])
     model = rebuild(spec, code_module=code_module)
     return LoadedModel(
-        spec["ref"], spec["kind"], model, spec["domain"], spec["model_config"], dict(spec), spec["preprocessing"], tokenizer
+        spec["ref"],
+        spec["kind"],
+        model,
+        spec["domain"],
+        spec["model_config"],
+        dict(spec),
+        spec["preprocessing"],
+        tokenizer,
     )
-
-
-def check_model_ref(ref: str | Path, code_module: str | None = None) -> ModelRef:
-    """Everything about a reference that can be told without loading it: form, directory, package, name, headers of the weights."""
-    from fewbits.hub.references import check_weights
-    from fewbits.hub.requires import EXTRAS, require
-
-    folder = Path(str(ref)).expanduser()
-    parsed = parse_model_ref(ref) if _is_checkpoint(folder) else parse_model_ref(ref, code_module)
-    if parsed.kind in EXTRAS:
-        require(parsed.kind, f"model {parsed.text!r}")
-    if parsed.folder is not None and parsed.kind in ("timm", "torchvision", "transformers"):
-        check_weights(parsed.folder)
-    if parsed.kind == "demo":
-        _adapter("demo").check_name(parsed.name)
-    return parsed

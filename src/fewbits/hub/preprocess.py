@@ -30,12 +30,22 @@ def plain_preprocessing(config: dict[str, Any]) -> dict[str, Any] | None:
     missing = [key for key in ("mean", "std") if key not in config]
     if missing:
         raise FewbitsError(f"the model's config.json states input_size but not {' and '.join(missing)}")
-    return {"kind": "plain", "interpolation": "bilinear", "crop_pct": 1.0} | {k: config[k] for k in _PLAIN_KEYS if k in config}
+    return {"kind": "plain", "interpolation": "bilinear", "crop_pct": 1.0} | {
+        k: config[k] for k in _PLAIN_KEYS if k in config
+    }
 
 
 def image_transform(spec: dict[str, Any]) -> Transform:
-    """A function from a PIL image to a float32 tensor [channels, height, width], by the library that the description belongs to."""
-    makers = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers, "plain": _plain, "diffusion": _diffusion}
+    """A function from a PIL image to a float32 tensor [channels, height, width], by the library that the description
+    belongs to.
+    """
+    makers = {
+        "timm": _timm,
+        "torchvision": _torchvision,
+        "transformers": _transformers,
+        "plain": _plain,
+        "diffusion": _diffusion,
+    }
     if spec.get("kind") not in makers:
         raise FewbitsError(f"unknown preprocessing kind {spec.get('kind')!r}; known: {', '.join(makers)}")
     return makers[spec["kind"]](spec)
@@ -71,14 +81,20 @@ def _plain(spec: dict[str, Any]) -> Transform:
     """Short side to `size / crop_pct`, centre crop, to [0, 1], normalise: the usual evaluation pipeline."""
     _, height, width = spec["input_size"]
     pil = require("PIL.Image", "reading images")
-    names = {"bilinear": pil.Resampling.BILINEAR, "bicubic": pil.Resampling.BICUBIC, "nearest": pil.Resampling.NEAREST,
-             "lanczos": pil.Resampling.LANCZOS}  # fmt: skip
+    names = {
+        "bilinear": pil.Resampling.BILINEAR,
+        "bicubic": pil.Resampling.BICUBIC,
+        "nearest": pil.Resampling.NEAREST,
+        "lanczos": pil.Resampling.LANCZOS,
+    }
     if spec["interpolation"] not in names:
         raise FewbitsError(f"unknown interpolation {spec['interpolation']!r}; known: {', '.join(names)}")
     mean, std = (torch.tensor(spec[key], dtype=torch.float32).view(-1, 1, 1) for key in ("mean", "std"))
 
     def transform(image: Image) -> Tensor:
-        scale = max(math.floor(height / spec["crop_pct"]) / image.height, math.floor(width / spec["crop_pct"]) / image.width)
+        scale = max(
+            math.floor(height / spec["crop_pct"]) / image.height, math.floor(width / spec["crop_pct"]) / image.width
+        )
         size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
         if size != image.size:
             image = image.resize(size, names[spec["interpolation"]])

@@ -1,14 +1,18 @@
-"""What a model reference says, told from the string and from the files of a directory alone (no model library, no torch)."""
+"""What a model reference says, told from the string and from the files of a directory alone (no model library, no
+torch).
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fewbits.errors import FewbitsError
+from fewbits.hub.requires import EXTRAS, nearest, require
 
 #: File that marks a directory written by fewbits.
 CHECKPOINT_FILE = "fewbits.json"
@@ -39,7 +43,8 @@ class ModelRef:
 def parse_model_ref(ref: str | Path, code_module: str | None = None) -> ModelRef:
     """Tell what `ref` refers to. Reads at most one small JSON file; loads nothing.
 
-    `code_module` is `FILE.py:FUNCTION` (or `package.module:FUNCTION`); `ref` is then the argument that the function is called with.
+    `code_module` is `FILE.py:FUNCTION` (or `package.module:FUNCTION`); `ref` is then the argument that the function
+    is called with.
 
     Raises:
         FewbitsError: empty or unknown reference, missing or foreign directory, unreadable config.json.
@@ -76,7 +81,9 @@ def parse_model_ref(ref: str | Path, code_module: str | None = None) -> ModelRef
 def _parse_code(text: str) -> tuple[str, str, str | None]:
     match = _CODE.fullmatch(text) or _DOTTED.fullmatch(text)
     if match is None:
-        raise FewbitsError(f"code {text!r} is not of the form FILE.py:FUNCTION[:ARGUMENT] or package.module:FUNCTION[:ARGUMENT]")
+        raise FewbitsError(
+            f"code {text!r} is not of the form FILE.py:FUNCTION[:ARGUMENT] or package.module:FUNCTION[:ARGUMENT]"
+        )
     return match["file"], match["function"], match["argument"]
 
 
@@ -93,7 +100,8 @@ def _parse_folder(text: str, folder: Path) -> ModelRef:
         return ModelRef(text, "diffusers", "", folder, config=read_json(folder / "model_index.json"))
     if not (folder / "config.json").is_file():
         raise FewbitsError(
-            f"{text!r} is not a model directory: it holds neither {CHECKPOINT_FILE} nor config.json nor model_index.json"
+            f"{text!r} is not a model directory: it holds neither {CHECKPOINT_FILE} nor config.json nor "
+            "model_index.json"
         )
     config = read_json(folder / "config.json")
     library = str(config.get("library", ""))
@@ -135,7 +143,7 @@ def check_weights(folder: Path) -> list[Path]:
     Raises:
         FewbitsError: there is none (weights in another format are not read), or one is truncated or corrupt.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     found = sorted(folder.glob("*.safetensors"))
     if not found:
@@ -152,8 +160,40 @@ def check_weights(folder: Path) -> list[Path]:
         try:
             with safe_open(path, framework="np") as file:
                 empty = not list(file.keys())
-        except Exception as error:  # SafetensorError is no subclass of a built-in one; OSError for unreadable files
+        except (SafetensorError, OSError) as error:
             raise FewbitsError(f"{path} is truncated or no safetensors file: {error}") from None
         if empty:
             raise FewbitsError(f"{path} holds no tensors")
     return found
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether fewbits wrote this directory."""
+    return (folder / CHECKPOINT_FILE).is_file()
+
+
+def check_demo(name: str) -> None:
+    """FewbitsError unless there is a demo of that name."""
+    from fewbits import demo
+
+    if name not in demo.names():
+        raise FewbitsError(
+            f"there is no demo {name!r}{nearest(name, demo.names())} (there are: {', '.join(demo.names())})"
+        )
+
+
+def check_model_ref(ref: str | Path, code_module: str | None = None) -> ModelRef:
+    """Everything about a reference that can be told without loading it: form, directory, package, headers of the
+    weights.
+
+    Raises:
+        FewbitsError: as `fewbits.hub.models.load_model` would, only sooner.
+    """
+    parsed = parse_model_ref(ref) if is_checkpoint(Path(str(ref)).expanduser()) else parse_model_ref(ref, code_module)
+    if parsed.kind in EXTRAS and find_spec(parsed.kind) is None:
+        require(parsed.kind, f"model {parsed.text!r}")
+    if parsed.folder is not None and parsed.kind in ("timm", "torchvision", "transformers"):
+        check_weights(parsed.folder)
+    if parsed.kind == "demo":
+        check_demo(parsed.name)
+    return parsed

@@ -11,13 +11,13 @@ from fewbits.errors import FewbitsError
 
 #: package -> the extra of fewbits that brings it
 EXTRAS = {
-    "timm": "timm",
-    "torchvision": "torchvision",
-    "transformers": "transformers",
-    "diffusers": "diffusers",
-    "datasets": "datasets",
+    "timm": "vision",
+    "torchvision": "vision",
+    "PIL": "vision",
+    "transformers": "language",
+    "diffusers": "diffusion",
+    "datasets": "data",
     "pyarrow": "data",
-    "PIL": "data",
 }
 
 

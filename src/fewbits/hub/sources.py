@@ -1,4 +1,7 @@
-"""Where samples come from: files, folders and data sets, as records of an image or a text with its label. Nothing here knows a model."""
+"""Where samples come from.
+
+Files, folders and data sets, as records of an image or a text with its label. Nothing here knows a model.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,10 @@ _HELP = (
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: image bytes, a PIL image or text, with its label as the source has it (number, class name or None)."""
+    """One sample.
+
+    Image bytes, a PIL image or text, with its label as the source has it (number, class name or None).
+    """
 
     item: Any
     label: int | str | None
@@ -51,7 +58,8 @@ def open_source(ref: str | Path, *, split: str | None = None, default_split: str
     """The source that a data reference names.
 
     Args:
-        split: which of several files of a folder or splits of a data set; where it is not given and there are several, an error.
+        split: which of several files of a folder or splits of a data set; where it is not given and there are
+            several, an error.
         default_split: taken for `hf-dataset:` references that name none.
 
     Raises:
@@ -72,20 +80,26 @@ def check_data_ref(ref: str | Path, split: str | None = None) -> None:
     text = str(ref).strip()
     if text.startswith("hf-dataset:"):
         _parse_hub(text, split)
-        require("datasets", f"data {text!r}")
+        _need("datasets", text)
         return
     if text.startswith("demo:"):
-        from fewbits.hub.adapters.demo import check_name
+        from fewbits.hub.references import check_demo
 
-        check_name(text.split(":")[1])
+        check_demo(text.split(":")[1])
         return
     kind, files = _locate(text, split)
     if kind == ".parquet":
-        require("pyarrow", f"data {text!r}")
+        _need("pyarrow", text)
     if kind in (".parquet", "images"):
-        require("PIL", f"data {text!r}")
+        _need("PIL", text)
     if kind != "images" and all(file.stat().st_size == 0 for file in files):
         raise FewbitsError(f"data {text!r} holds no samples: the file is empty")
+
+
+def _need(package: str, text: str) -> None:
+    """Look whether a package is there without importing it."""
+    if find_spec(package) is None:
+        require(package, f"data {text!r}")
 
 
 def _path_source(text: str, split: str | None) -> Source:
@@ -126,12 +140,16 @@ def _of_folder(text: str, files: list[Path], split: str | None) -> tuple[str, li
     for file in files:
         splits.setdefault(file.stem.split("-00")[0], []).append(file)
     if split is None and len(splits) > 1:
-        raise FewbitsError(f"data {text!r} holds several files ({', '.join(f.name for f in files[:6])}): name one of them")
+        raise FewbitsError(
+            f"data {text!r} holds several files ({', '.join(f.name for f in files[:6])}): name one of them"
+        )
     if split is not None and split not in splits:
         raise FewbitsError(f"data {text!r} has no split {split!r}; it has: {', '.join(splits)}")
     chosen = splits[split] if split is not None else files
     if len({file.suffix.lower() for file in chosen}) > 1:
-        raise FewbitsError(f"data {text!r} holds files of several kinds ({', '.join(f.name for f in chosen[:6])}): name one of them")
+        raise FewbitsError(
+            f"data {text!r} holds files of several kinds ({', '.join(f.name for f in chosen[:6])}): name one of them"
+        )
     return chosen[0].suffix.lower(), chosen
 
 
@@ -140,12 +158,15 @@ def _image_files(folder: Path, text: str) -> list[Path]:
         raise FewbitsError(f"data folder {str(folder)!r} does not exist")
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
     if not files:
-        raise FewbitsError(f"data {text!r} holds no samples: no images ({', '.join(IMAGE_ENDINGS)}) and no data files in it")
+        raise FewbitsError(
+            f"data {text!r} holds no samples: no images ({', '.join(IMAGE_ENDINGS)}) and no data files in it"
+        )
     return files
 
 
 class ImageFolder(Source):
-    """Images in class sub-folders (the sorted folder names are the classes), or directly in the folder, then without labels.
+    """Images in class sub-folders (the sorted folder names are the classes), or directly in the folder, then without
+    labels.
 
     Classes take turns, so that any prefix is balanced.
     """
@@ -173,7 +194,10 @@ class ImageFolder(Source):
 
 
 class ParquetSource(Source):
-    """Parquet in the layout of Hugging Face datasets: `image` {`bytes`, `path`} (or plain bytes) with `label`, or text columns."""
+    """Parquet in the layout of Hugging Face datasets.
+
+    `image` {`bytes`, `path`} (or plain bytes) with `label`, or text columns.
+    """
 
     def __init__(self, files: list[Path]) -> None:
         require("pyarrow", "reading parquet")
@@ -217,7 +241,9 @@ class ParquetSource(Source):
                 raise FewbitsError(f"{self._files[0]} cannot be read: {str(error).splitlines()[0]}") from None
             for index, row in zip(block, rows, strict=True):
                 where = f"{self._files[0].name} row {index}"
-                yield Record(self._content(row[self._item], where), row.get(self._label) if self._label else None, where)
+                yield Record(
+                    self._content(row[self._item], where), row.get(self._label) if self._label else None, where
+                )
 
     def _content(self, value: Any, where: str) -> Any:
         if isinstance(value, dict):
@@ -252,7 +278,9 @@ class TextFiles(Source):
 
     def lines(self) -> ListSource:
         """The non-empty lines, for models that take single sentences."""
-        lines = [line.strip() for text in self._texts for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+        lines = [
+            line.strip() for text in self._texts for line in text.replace("\r\n", "\n").split("\n") if line.strip()
+        ]
         return ListSource([Record(line, None, f"{self._name} line") for line in lines])
 
 
@@ -293,7 +321,9 @@ def _jsonl(file: Path) -> Iterator[Record]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise FewbitsError(f"{file} line {number} is not JSON: {error.msg}; one JSON object a line is expected") from None
+            raise FewbitsError(
+                f"{file} line {number} is not JSON: {error.msg}; one JSON object a line is expected"
+            ) from None
         field = _pick(row, ("text", "sentence")) if isinstance(row, dict) else None
         if field is None or not isinstance(row[field], str):
             raise FewbitsError(f"{file} line {number} has no string field 'text'")
@@ -317,7 +347,11 @@ def _separated(file: Path) -> Iterator[Record]:
         if len(row) <= wanted and not (first == 0 and len(rows[0]) == 1 and len(row) == 1):
             raise FewbitsError(f"{file} row {number} has {len(row)} columns; text and label are expected")
         value = row[columns[1]].strip() if columns[1] is not None and len(row) > columns[1] else None
-        yield Record(row[columns[0]], int(value) if value is not None and value.lstrip("-").isdigit() else value, f"{file.name} row {number}")
+        yield Record(
+            row[columns[0]],
+            int(value) if value is not None and value.lstrip("-").isdigit() else value,
+            f"{file.name} row {number}",
+        )
 
 
 class HubDataset(Source):
@@ -328,7 +362,9 @@ class HubDataset(Source):
 
         self._name, features = name, data.features
         images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
-        texts = [key for key, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
+        texts = [
+            key for key, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")
+        ]
         if images:
             self.kind, self._item = "images", images[0]
             data = data.cast_column(images[0], datasets.Image(decode=False))
@@ -355,7 +391,10 @@ class HubDataset(Source):
 
 
 def _parse_hub(text: str, split: str | None) -> tuple[str, str | None, str | None]:
-    """Name, config and split of `hf-dataset:NAME[:CONFIG][:SPLIT]`; one further part is the split, two are config and split."""
+    """Name, config and split of `hf-dataset:NAME[:CONFIG][:SPLIT]`.
+
+    One further part is the split, two are config and split.
+    """
     parts = text.split(":")[1:]
     if not parts[0] or len(parts) > 3:
         raise FewbitsError(f"data {text!r} is not of the form hf-dataset:NAME[:CONFIG][:SPLIT]")

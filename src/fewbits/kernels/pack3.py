@@ -1,7 +1,7 @@
 """3-bit codes in 32-bit words: 32 codes along the input axis share 3 words, no bit wasted.
 
-The layout of GPTQ's 3-bit matrix-vector kernel (Frantar et al., ICLR 2023, released code): code k of a run of 32 takes bits
-3k..3k+2 of a 96-bit little-endian number, so codes 10 and 21 straddle two words.
+The layout of GPTQ's 3-bit matrix-vector kernel (Frantar et al., ICLR 2023, released code): code k of a run of 32 takes
+bits 3k..3k+2 of a 96-bit little-endian number, so codes 10 and 21 straddle two words.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ def pack3(codes: Tensor) -> Tensor:
 
     Raises FewbitsError where codes are not a matrix of integers in 0..7.
     """
-    if codes.ndim != 2 or codes.is_floating_point() or codes.numel() and (int(codes.min()) < 0 or int(codes.max()) > 7):
+    if (
+        codes.ndim != 2
+        or codes.is_floating_point()
+        or (codes.numel() and (int(codes.min()) < 0 or int(codes.max()) > 7))
+    ):
         raise FewbitsError(f"pack3: expected integer codes [out, in] in 0..7, got {codes.dtype} {tuple(codes.shape)}")
     out, columns = codes.shape
     runs = -(-columns // RUN)

@@ -25,10 +25,12 @@ class Range(Described, ABC):
         """Parameters [..., n] for finite float32 `blocks` [n, values >= 1]."""
 
     def fit(self, x: Tensor, fmt: Format, gran: Granularity, *, check: bool = True, where: str = "tensor") -> Params:
-        """Parameters of `gran`'s param shape for the values of `x` (any float dtype; fitted in float32, without gradient).
+        """Parameters of `gran`'s param shape for the values of `x` (any float dtype; fitted in float32, without
+        gradient).
 
-        Raises FewbitsError, naming `where`, for an empty tensor and, with `check`, for NaN or infinite values. `check=False`
-        never reads a value back from the device: for fitting inside a forward, where a bad token spoils only itself.
+        Raises FewbitsError, naming `where`, for an empty tensor and, with `check`, for NaN or infinite values.
+        `check=False` never reads a value back from the device: for fitting inside a forward, where a bad token spoils
+        only itself.
         """
         if x.numel() == 0:
             raise FewbitsError(f"{where}: cannot fit a range to an empty tensor of shape {tuple(x.shape)}")
@@ -38,7 +40,7 @@ class Range(Described, ABC):
                 bad = int((~torch.isfinite(x)).sum())
                 raise FewbitsError(
                     f"{where}: {bad} of {x.numel()} values are NaN or infinite; a range needs finite values "
-                    "(float16 overflow in the model, or masked scores? quantize that site after the mask, or leave it out)"
+                    "(float16 overflow in the model, or masked scores? leave that site out of the scheme)"
                 )
             parts = [self.fit_blocks(block, fmt) for block in gran.blocks(x)]
             out: Params = {}
@@ -48,8 +50,11 @@ class Range(Described, ABC):
             return out
 
     def fit_bounds(self, lo: Tensor, hi: Tensor, fmt: Format) -> Params:
-        """Parameters from extremes alone, for statistics that kept nothing else. FewbitsError where values are needed."""
-        raise FewbitsError(f"range {self.kind!r} needs the values, not only their extremes; use 'minmax' or gather values")
+        """Parameters from extremes alone, for statistics that kept nothing else. FewbitsError where values are
+        needed."""
+        raise FewbitsError(
+            f"range {self.kind!r} needs the values, not only their extremes; use 'minmax' or gather values"
+        )
 
 
 ranges: Registry[Range] = Registry("range")

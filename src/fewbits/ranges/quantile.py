@@ -36,5 +36,6 @@ def select_quantiles(blocks: Tensor, probs: Sequence[float]) -> list[Tensor]:
         order = blocks.sort(dim=1).values
         at = {index: order[:, index] for index in needed}
     return [
-        torch.lerp(at[int(np.floor(place))], at[int(np.ceil(place))], float(place - np.floor(place))) for place in places
+        torch.lerp(at[int(np.floor(place))], at[int(np.ceil(place))], float(place - np.floor(place)))
+        for place in places
     ]

@@ -23,8 +23,8 @@ _LOUD, _QUIET = 2.0**20, 2.0**-20
 def search_blocks(blocks: Tensor, fmt: Format, tried: Candidates, metric: Score) -> Params:
     """Parameters [..., n] of the best candidate of every block [n, values]; of equals the first.
 
-    Blocks of extreme magnitude are scored after an exact division by a power of two, so that |error|**p neither overflows nor
-    vanishes and a best candidate always exists.
+    Blocks of extreme magnitude are scored after an exact division by a power of two, so that |error|**p neither
+    overflows nor vanishes and a best candidate always exists.
     """
     unit = _unit(blocks)
     scaled = blocks / unit
@@ -85,7 +85,8 @@ class Search(Range):
 class ShrinkSearch(Range):
     """Both raw ends shrunk by `step`, `steps` times; least |error|**p wins, first of equals.
 
-    BRECQ: the defaults with `raw_affine`. GPTQ's mse grid: reduction="sum" with `gptq_grid` (norm 2.4, 0.8 of grid 100).
+    BRECQ: the defaults with `raw_affine`. GPTQ's mse grid: reduction="sum" with `gptq_grid` (norm 2.4, 0.8 of grid
+    100).
     """
 
     kind: ClassVar[str] = "shrink_search"
@@ -107,7 +108,8 @@ class ShrinkSearch(Range):
 @ranges.register
 @dataclass(frozen=True)
 class QuantileSearch(Range):
-    """[quantile(1-p), quantile(p)] for each p; least mean |error|**power wins, first of equals (RepQ-ViT, with `raw_affine`).
+    """[quantile(1-p), quantile(p)] for each p; least mean |error|**power wins, first of equals (RepQ-ViT, with
+    `raw_affine`).
 
     On a log grid only the upper quantile matters: it becomes the scale.
     """

@@ -1,7 +1,8 @@
 """The task gradient at a unit's output, for weighting its reconstruction error.
 
-BRECQ (Li et al., ICLR 2021), section 3.3. The task loss is KL(softmax(float logits) || softmax(quantized logits)): it needs no
-labels, but it has a gradient only where the two networks differ. Between a network and itself it is exactly flat.
+BRECQ (Li et al., ICLR 2021), section 3.3. The task loss is KL(softmax(float logits) || softmax(quantized logits)): it
+needs no labels, but it has a gradient only where the two networks differ. Between a network and itself it is exactly
+flat.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ NOISE = 1e-6  # largest difference of class probabilities that float32 evaluatio
 
 
 def fisher_weight(gradient: Tensor, *, damping: float = 1.0) -> Tensor:
-    """|gradient| + damping, the released weighting. Raw gradients are mostly far below the damping of 1, which then makes the
-    loss nearly plain squared error; lower it (and rescale the gradient) to let the gradient speak."""
+    """|gradient| + damping, the released weighting. Raw gradients are mostly far below the damping of 1, which then
+    makes the loss nearly plain squared error; lower it (and rescale the gradient) to let the gradient speak."""
     return gradient.abs() + damping
 
 
@@ -37,13 +38,14 @@ def kl_gradients(
 ) -> Tensor:
     """d KL / d (unit output), concatenated over batches along axis 0, detached.
 
-    run_float: batch -> logits of the float network. run_quantized: batch -> (logits, unit output) of the network with every unit
-    up to and including this one quantized; the unit output is a tensor the logits were computed from, with gradients enabled.
-    The loss of a batch is summed over classes and positions and divided by its first axis ("batchmean"), so gradients
-    scale with 1 / batch size; use equal batches.
+    run_float: batch -> logits of the float network. run_quantized: batch -> (logits, unit output) of the network with
+    every unit up to and including this one quantized; the unit output is a tensor the logits were computed from, with
+    gradients enabled. The loss of a batch is summed over classes and positions and divided by its first axis
+    ("batchmean"), so gradients scale with 1 / batch size; use equal batches.
 
-    Raises FewbitsError where the logits do not depend on the unit output, the gradient is not finite, or (vanished="raise";
-    "warn" warns) it vanishes: all probabilities agree to 1e-6, or every entry is zero. One host read per call, at the end.
+    Raises FewbitsError where the logits do not depend on the unit output, the gradient is not finite, or
+    (vanished="raise"; "warn" warns) it vanishes: all probabilities agree to 1e-6, or every entry is zero. One host read
+    per call, at the end.
     """
     found: list[Tensor] = []
     evidence: list[Tensor] = []
@@ -76,8 +78,8 @@ def kl_gradients(
         raise FewbitsError("KL gradient: NaN or infinity in the logits or the gradient")
     if apart <= NOISE or size == 0:
         message = (
-            f"KL gradient vanishes (probabilities differ by {apart:.1e}, gradient at most {size:.1e}): quantize the units up to "
-            "this one before asking for it, or use the plain squared error"
+            f"KL gradient vanishes (probabilities differ by {apart:.1e}, gradient at most {size:.1e}): quantize the "
+            "units up to this one before asking for it, or use the plain squared error"
         )
         if vanished == "raise":
             raise FewbitsError(message)

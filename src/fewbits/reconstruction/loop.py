@@ -1,7 +1,7 @@
 """The one optimisation loop behind every reconstruction method.
 
-What is learned, what is mixed into inputs and what is compared is all in the loss function; the loop draws samples, steps Adam and
-keeps the history. It never waits for the device inside.
+What is learned, what is mixed into inputs and what is compared is all in the loss function; the loop draws samples,
+steps Adam and keeps the history. It never waits for the device inside.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Decay = Literal["cosine"] | Callable[[float], float] | None
 class Group:
     """Parameters that share a learning rate.
 
-    lr: Adam's. schedule: None keeps it, "cosine" lets it fall to 0 over the run (closed form), a function maps progress in [0, 1)
-    to a factor on lr. betas: Adam's moments.
+    lr: Adam's. schedule: None keeps it, "cosine" lets it fall to 0 over the run (closed form), a function maps progress
+    in [0, 1) to a factor on lr. betas: Adam's moments.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -54,17 +54,19 @@ def minimise(
     schedule: Decay = None,
     callbacks: Sequence[Callback] = (),
 ) -> Tensor:
-    """Adam on `parameters` for `iterations` steps; returns the loss of every step, float32 [steps done], on their device.
+    """Adam on `parameters` for `iterations` steps; returns the loss of every step, float32 [steps done], on their
+    device.
 
-    loss_fn: (step from 0, sample indices) -> scalar. parameters: parameters (with `lr`, `schedule`) or `Group`s, each with its own.
+    loss_fn: (step from 0, sample indices) -> scalar. parameters: parameters (with `lr`, `schedule`) or `Group`s, each
+    with its own.
     sampler: index tensors, one per step: a given sequence, or an iterator of `fewbits.reconstruction.sampling`.
     callbacks: called after each step with (step, detached loss); one that returns True ends the run. They must not read
     the loss every step, or the device stalls.
 
-    Gradients are taken of the given parameters only: no `.grad` of anything else in the model is touched, theirs are None
-    afterwards. Same parameters, loss and sampler: same bits (the loop draws no random number itself).
-    Raises FewbitsError where there is nothing to optimise, the sampler ends early, the loss reaches none of the parameters, or
-    the loss became NaN or infinite (checked once, at the end).
+    Gradients are taken of the given parameters only: no `.grad` of anything else in the model is touched, theirs are
+    None afterwards. Same parameters, loss and sampler: same bits (the loop draws no random number itself).
+    Raises FewbitsError where there is nothing to optimise, the sampler ends early, the loss reaches none of the
+    parameters, or the loss became NaN or infinite (checked once, at the end).
     """
     groups = _groups(parameters, lr, schedule)
     flat = [parameter for group in groups for parameter in group.parameters]

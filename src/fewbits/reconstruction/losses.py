@@ -1,12 +1,14 @@
 """How far a unit's output is from its float output.
 
-Every loss here sums over the channels of one position and averages over batch and positions. That normalisation is part of the
-methods: the rounding regulariser is a plain sum over weights, and its usual factor 0.01 balances a data term that grows with
-the number of channels and not with the number of positions (AdaRound, section 3.3; BRECQ, section 3).
+Every loss here sums over the channels of one position and averages over batch and positions. That normalisation is part
+of the
+methods: the rounding regulariser is a plain sum over weights, and its usual factor 0.01 balances a data term that grows
+with the number of channels and not with the number of positions (AdaRound, section 3.3; BRECQ, section 3).
 
 What a channel is must be said by `channel_axis`, because shape cannot tell: 1 for convolution outputs [N, C, H, W], -1
-for tokens [N, T, C], for pooled features [N, C] and for channels-last images [N, H, W, C] (Swin). Released code takes axis 1
-always; on tokens that sums over the sequence and averages over features, so the same lambda weighs T/C times differently.
+for tokens [N, T, C], for pooled features [N, C] and for channels-last images [N, H, W, C] (Swin). Released code takes
+axis 1 always; on tokens that sums over the sequence and averages over features, so the same lambda weighs T/C times
+differently.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def power_loss(prediction: Tensor, target: Tensor, *, channel_axis: int, p: floa
 
 
 def fisher_diagonal_loss(prediction: Tensor, target: Tensor, gradient: Tensor, *, channel_axis: int) -> Tensor:
-    """Squared error weighted by the squared task gradient at this output: mean of sum over channels of (difference g)^2.
+    """Squared error weighted by the squared task gradient at this output: mean of sum over channels of (difference
+    g)^2.
 
     gradient: g, shape of the output, usually from `fisher_weight`; all ones give `power_loss` exactly.
     """
@@ -38,8 +41,9 @@ def fisher_diagonal_loss(prediction: Tensor, target: Tensor, gradient: Tensor, *
 
 
 def fisher_full_loss(prediction: Tensor, target: Tensor, gradient: Tensor, *, scale: float = 0.01) -> Tensor:
-    """Error weighted by the full (rank-one) Fisher matrix of each sample: mean over all entries of d_n |difference| |g|, with
-    d_n the sum of |difference| |g| over everything in sample n; times `scale` (the released code divides by 100).
+    """Error weighted by the full (rank-one) Fisher matrix of each sample: mean over all entries of d_n |difference|
+    |g|, with d_n the sum of |difference| |g| over everything in sample n; times `scale` (the released code divides by
+    100).
     """
     weighted = _difference(prediction, target).abs() * gradient.abs()
     _same_shape("gradient", gradient, target)

@@ -1,8 +1,8 @@
 """Learned rounding: for every weight, up or down, as a rectified sigmoid annealed to 0 or 1.
 
-AdaRound (Nagel et al., ICML 2020), sections 3.2-3.4; the same variables serve BRECQ, QDrop and their descendants. Here are
-the variables, the weights they stand for and the regulariser that anneals them; what output error drives them is the
-caller's (`fewbits.reconstruction`).
+AdaRound (Nagel et al., ICML 2020), sections 3.2-3.4; the same variables serve BRECQ, QDrop and their descendants. Here
+are the variables, the weights they stand for and the regulariser that anneals them; what output error drives them is
+the caller's (`fewbits.reconstruction`).
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class LearnedRounding(nn.Module):
     """One rounding variable per weight on a fixed uniform grid.
 
     weight: float weight of any shape and float dtype. params: the grid (`scale`, `zero_point`), of the
-    granularity's param shape; it is not learned and never re-estimated. `alpha` (float32, shape of the weight) is the only
-    parameter. At construction the soft weight equals the float weight wherever that lies inside the grid's clipping range.
+    granularity's param shape; it is not learned and never re-estimated. `alpha` (float32, shape of the weight) is the
+    only parameter. At construction the soft weight equals the float weight wherever that lies inside the grid's
+    clipping range.
 
     `forward()` gives the soft weight while `soft` is true, else the hard one; both float32.
     Raises FewbitsError where a scale is not positive and finite (a bad grid is never clamped silently).
@@ -80,7 +81,8 @@ class LearnedRounding(nn.Module):
 
     def __init__(self, weight: Tensor, fmt: Uniform, params: Params, granularity: Granularity) -> None:
         super().__init__()
-        # The variables decide the rounding; whatever mode the format rounds by plays no part, and grid values must stay put.
+        # The variables decide the rounding; whatever mode the format rounds by plays no part, and grid values must stay
+        # put.
         self.format = dataclasses.replace(fmt, rounding="half_even")
         self.soft = True
         weight = weight.detach().float()
@@ -140,8 +142,8 @@ class RoundingRegulariser:
     """lambda * sum of penalties over a unit's learned roundings, annealed over the steps of an optimisation.
 
     weight: lambda, 0.01 in both papers; right only for a data loss summed over channels. first_count: the number of the
-    first step, 0 (AdaRound) or 1 (BRECQ). Calling it with a 0-based step gives a scalar tensor, or None during the warm start,
-    where the total loss is the data loss exactly.
+    first step, 0 (AdaRound) or 1 (BRECQ). Calling it with a 0-based step gives a scalar tensor, or None during the warm
+    start, where the total loss is the data loss exactly.
     """
 
     def __init__(

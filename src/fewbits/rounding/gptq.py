@@ -1,7 +1,7 @@
 """The blocked Cholesky column solver: round one input column, let the columns still to come absorb its error.
 
-GPTQ (Frantar et al., ICLR 2023), algorithm 1 and section 3.3. All rows share one column order, so the inverse Hessians that
-greedy OBQ downdates row by row are the rows of a single triangular factor U with U^T U = H^-1.
+GPTQ (Frantar et al., ICLR 2023), algorithm 1 and section 3.3. All rows share one column order, so the inverse Hessians
+that greedy OBQ downdates row by row are the rows of a single triangular factor U with U^T U = H^-1.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Solution(NamedTuple):
         `weight == decode_columns(fmt, codes, params, group_index)` exactly.
     codes: integers, shape of the weight.
     params: shape [..., out, 1], with groups [..., out, groups]; given params as they came.
-    group_index: int64 [..., in], the group of every column, or None without groups. It is j // group_size unless act-order
-        runs with dynamic groups, where a group holds columns that were processed together.
+    group_index: int64 [..., in], the group of every column, or None without groups. It is j // group_size unless
+        act-order runs with dynamic groups, where a group holds columns that were processed together.
     loss: [] ([batch]), sum of (w - q)^2 / (2 d^2): half of trace((W-Q) H_damped (W-Q)^T) where no column is dead.
-    damping: [] ([batch]), the relative damping that worked (larger than asked where a factorisation failed).
+    damping: float64 [] ([batch]), the relative damping that worked (larger than asked where a factorisation failed).
     no_data: bool [] ([batch]), H was all zero: plain round-to-nearest of the weight, loss 0.
     """
 
@@ -70,14 +70,15 @@ def gptq(
         [out, groups] with group_size ([batch, out, ...] for a batch), or one for the whole weight; wide parameters have
         their axis in front. Nothing is fitted then.
     block_size: columns per lazy batch update; only speed depends on it, unless stale dynamic groups are used.
-    damping: added to the diagonal as a share of its mean (0.01). Where the factorisation fails it grows tenfold per retry.
+    damping: added to the diagonal as a share of its mean (0.01). Where the factorisation fails it grows tenfold per
+        retry.
     act_order: process columns by descending diagonal of H. static_groups: fit all groups on the incoming weight, by
         original column. Otherwise a group is fitted when the sweep reaches it: with stale_groups on the weights as
         of the start of the block (the published code), else on the fully updated weights.
     dtype: arithmetic of the sweep, float32 (published) or float64.
 
-    Dead inputs (zero diagonal) get weight 0 before groups are fitted; per-row grids are fitted before that, as published.
-    Raises FewbitsError on wrong shapes, NaN or infinity, or an H no damping can repair.
+    Dead inputs (zero diagonal) get weight 0 before groups are fitted; per-row grids are fitted before that, as
+    published. Raises FewbitsError on wrong shapes, NaN or infinity, or an H no damping can repair.
     """
     w, h = _checked(weight, hessian, dtype)
     if group_size is not None and group_size < 1:
@@ -138,21 +139,22 @@ def decode_columns(fmt: Format, codes: Tensor, params: Params, group_index: Tens
 
 
 def inverse_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Upper U [batch, n, n] with U^T U = (H + damping mean(diag H) I)^-1, and the damping [batch] that made it possible.
+    """Upper U [batch, n, n] with U^T U = (H + damping mean(diag H) I)^-1, and the damping [batch] that made it
+    possible.
 
-    H = R R^T with R upper triangular is an ordinary Cholesky factorisation of H with rows and columns reversed, and U is
-    R^-1: the factor of the inverse without ever forming the inverse, which would lose half the digits.
+    H = R R^T with R upper triangular is an ordinary Cholesky factorisation of H with rows and columns reversed, and U
+    is R^-1: the factor of the inverse without ever forming the inverse, which would lose half the digits.
     Only the matrices that fail are retried, with ten times the damping each time.
     """
     batch, n, _ = h.shape
     diagonal = torch.diagonal(h, dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)
-    used = torch.full((batch,), damping, dtype=h.dtype, device=h.device)
+    used = torch.full((batch,), damping, dtype=torch.float64, device=h.device)
     eye = torch.eye(n, dtype=h.dtype, device=h.device)
     u = torch.empty_like(h)
     todo = torch.arange(batch, device=h.device)
     for _ in range(ATTEMPTS):
-        shifted = h[todo].flip(-1, -2) + (used[todo] * mean[todo])[:, None, None] * eye
+        shifted = h[todo].flip(-1, -2) + (used[todo].to(h.dtype) * mean[todo])[:, None, None] * eye
         factor, info = torch.linalg.cholesky_ex(shifted)
         inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).flip(-1, -2)
         good = (info == 0) & torch.isfinite(inverse).all(-1).all(-1)
@@ -162,7 +164,8 @@ def inverse_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
             return u, used
         used[todo] = torch.clamp(used[todo] * ESCALATION, min=torch.finfo(h.dtype).eps * n)
     raise FewbitsError(
-        f"gptq: H cannot be factorised even with damping {used.max().item():.1e}; it is not a Gram matrix of finite inputs"
+        f"gptq: H cannot be factorised even with damping {used.max().item():.1e}; it is not a Gram matrix of "
+        "finite inputs"
     )
 
 
@@ -231,8 +234,8 @@ def _is_whole(value: Tensor, spec: ParamSpec) -> bool:
 class _Grid:
     """Which grid a column is rounded on. The rows of all batch entries are stacked: [batch * out] of them.
 
-    `table` holds grids known before the sweep, [..., rows, groups] per parameter (or one for the whole weight); `grown` those
-    fitted during it, one [..., rows, 1] per group in processing order.
+    `table` holds grids known before the sweep, [..., rows, groups] per parameter (or one for the whole weight); `grown`
+    those fitted during it, one [..., rows, 1] per group in processing order.
     """
 
     def __init__(self, fmt: Format, range_: Range | None, width: int | None, columns: int) -> None:
@@ -253,8 +256,8 @@ class _Grid:
             whole = _is_whole(value, spec)
             if not whole and value.shape[-len(expected) :] != expected:
                 raise FewbitsError(
-                    f"gptq: params[{spec.name!r}] has shape {tuple(value.shape)}; a weight with {self.columns} columns in "
-                    f"groups of {self.width} needs [..., {', '.join(map(str, expected))}]"
+                    f"gptq: params[{spec.name!r}] has shape {tuple(value.shape)}; a weight with {self.columns} columns "
+                    f"in groups of {self.width} needs [..., {', '.join(map(str, expected))}]"
                 )
             table[spec.name] = value if whole else value.flatten(-len(expected), -2)
         self.table = table

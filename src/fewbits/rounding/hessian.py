@@ -1,7 +1,7 @@
 """The layer Hessian H = (2/N) sum x^T x that second-order rounding needs, and the input patches of convolutions.
 
-GPTQ (Frantar et al., ICLR 2023) and OBC (NeurIPS 2022): the squared output error of a linear layer, ||W X - Q X||^2, is a
-quadratic in each row of W - Q with this matrix, the same for all rows.
+GPTQ (Frantar et al., ICLR 2023) and OBC (NeurIPS 2022): the squared output error of a linear layer, ||W X - Q X||^2, is
+a quadratic in each row of W - Q with this matrix, the same for all rows.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ class HessianAccumulator:
     """Running mean of 2 x^T x, one number of N per SAMPLE (sequence or image), not per token or position.
 
     `columns` is the number of input columns of the weight matrix. With `groups` > 1 (grouped convolution, stacked
-    experts) one matrix per group is kept. The state is `dtype` (float32 as published, or float64) whatever the inputs are.
-    Nothing is read back to the host while adding.
+    experts) one matrix per group is kept. The state is `dtype` (float32 as published, or float64) whatever the inputs
+    are. Nothing is read back to the host while adding.
+    `mean` [groups, columns, columns] and `samples` are the whole state.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class HessianAccumulator:
         self.columns = columns
         self.groups = groups
         self.samples = 0
-        self._sum = torch.zeros(groups, columns, columns, device=device, dtype=dtype)
+        self.mean = torch.zeros(groups, columns, columns, device=device, dtype=dtype)
 
     @torch.no_grad()
     def add(self, x: Tensor, *, samples: int | None = None) -> None:
@@ -57,22 +58,23 @@ class HessianAccumulator:
             return
         rows = x.transpose(0, 1).flatten(1, 2) if self.groups > 1 else x.reshape(1, -1, self.columns)
         total = self.samples + m
-        rows = rows.to(device=self._sum.device, dtype=self._sum.dtype) * (2.0 / total) ** 0.5
-        with full_float32(self._sum.device):
+        rows = rows.to(device=self.mean.device, dtype=self.mean.dtype) * (2.0 / total) ** 0.5
+        with full_float32(self.mean.device):
             # beta rescales the old mean in the same call: H <- H n/(n+m) + x^T x
-            self._sum.baddbmm_(rows.transpose(1, 2), rows, beta=self.samples / total)
+            self.mean.baddbmm_(rows.transpose(1, 2), rows, beta=self.samples / total)
         self.samples = total
 
     def merge(self, other: HessianAccumulator) -> None:
         """Take in what another accumulator (another batch, another process) has seen."""
-        if other._sum.shape != self._sum.shape:
+        if other.mean.shape != self.mean.shape:
             raise FewbitsError(
-                f"Hessian: cannot merge {tuple(other._sum.shape)} into {tuple(self._sum.shape)}; they are of other layers"
+                f"Hessian: cannot merge {tuple(other.mean.shape)} into {tuple(self.mean.shape)}; "
+                "they belong to different layers"
             )
         total = self.samples + other.samples
         if other.samples:
-            theirs = other._sum.to(self._sum) * (other.samples / total)
-            self._sum.mul_(self.samples / total).add_(theirs)
+            theirs = other.mean.to(self.mean) * (other.samples / total)
+            self.mean.mul_(self.samples / total).add_(theirs)
         self.samples = total
 
     @property
@@ -81,9 +83,9 @@ class HessianAccumulator:
 
         Raises FewbitsError where an input held NaN or infinity (any such entry shows on the diagonal).
         """
-        if not bool(torch.diagonal(self._sum, dim1=-2, dim2=-1).isfinite().all()):
+        if not bool(torch.diagonal(self.mean, dim1=-2, dim2=-1).isfinite().all()):
             raise FewbitsError("Hessian: a calibration input holds NaN or infinity; check the model in float32")
-        return self._sum if self.groups > 1 else self._sum[0]
+        return self.mean if self.groups > 1 else self.mean[0]
 
 
 def conv_patches(

@@ -24,10 +24,18 @@ class CalibrateActivations(Step):
     """
 
     samples: int = 64
+    late: bool = False  # after the weights of every unit are final
 
     part: ClassVar[str] = "activations"
-    stage: ClassVar[int] = 20
     streams: ClassVar[frozenset[str]] = frozenset({"prefix"})
+
+    @property
+    def stage(self) -> int:  # type: ignore[override]
+        return 45 if self.late else 20
+
+    @property
+    def new_sweep(self) -> bool:  # type: ignore[override]
+        return self.late
 
     def apply(self, unit: UnitContext) -> None:
         static: list[tuple[Site, Quantizer, Statistic]] = []

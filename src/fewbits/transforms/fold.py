@@ -1,8 +1,8 @@
 """The tensor edits every function-preserving transform is made of.
 
-A change of channels x' = (x + shift) / scale is folded into what produces x and undone in what reads it. All functions return new
-tensors in the dtype of their inputs, computed in float64, and change nothing in place. Weights of Hugging Face's Conv1D
-([in, out]) are transposed by the caller.
+A change of channels x' = (x + shift) / scale is folded into what produces x and undone in what reads it. All functions
+return new tensors in the dtype of their inputs, computed in float64, and change nothing in place.
+Weights of Hugging Face's Conv1D ([in, out]) are transposed by the caller.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def fold_into_norm(
 ) -> tuple[Tensor, Tensor | None]:
     """Norm affine (weight, bias) [C] whose output is (x + shift) / scale instead of x.
 
-    offset: the constant the norm adds to its weight (1 for norms that compute (1 + w) x, as Gemma's). A bias comes back as
-    None only where there was none and nothing is shifted; a norm that cannot hold a new bias must refuse the shift.
+    offset: the constant the norm adds to its weight (1 for norms that compute (1 + w) x, as Gemma's). A bias comes back
+    as None only where there was none and nothing is shifted; a norm that cannot hold a new bias must refuse the shift.
     """
     _check_channels("norm weight", weight, 0, scale, shift)
     new_weight = ((weight.double() + offset) / scale.double() - offset).to(weight.dtype)
@@ -77,8 +77,8 @@ def scale_inputs(weight: Tensor, scale: Tensor, *, groups: int = 1, transposed: 
 def absorb_shift(weight: Tensor, bias: Tensor | None, shift: Tensor, *, groups: int = 1) -> Tensor:
     """The bias that lets a layer read x + shift with the same result: bias - W shift, summed over the kernel.
 
-    weight: the one that multiplies x + shift, BEFORE any scaling of its columns, [out, in/groups, *kernel]; shift: [in].
-    Only true for convolutions without zero padding (padded positions are not shifted); the caller refuses others.
+    weight: the one that multiplies x + shift, BEFORE any scaling of its columns, [out, in/groups, *kernel]; shift:
+    [in]. Only true for convolutions without zero padding (padded positions are not shifted); the caller refuses others.
     """
     _check_channels("weight", weight, 1, shift, None, times=groups)
     per_channel = weight.double().flatten(2).sum(2) if weight.ndim > 2 else weight.double()
@@ -91,8 +91,8 @@ def absorb_shift(weight: Tensor, bias: Tensor | None, shift: Tensor, *, groups: 
 class FoldedBatchNorm(NamedTuple):
     """A layer with its batch norm's scale inside, and the norm reduced to adding a constant.
 
-    weight, bias: of the layer (bias None where it had none). The rest are the norm's own tensors, [out]: with eps they compute
-    y + norm_bias (or y - norm_mean where the norm has no affine), so all state_dict names and shapes stay.
+    weight, bias: of the layer (bias None where it had none). The rest are the norm's own tensors, [out]: with eps they
+    compute y + norm_bias (or y - norm_mean where the norm has no affine), so all state_dict names and shapes stay.
     """
 
     weight: Tensor
@@ -118,9 +118,10 @@ def fold_batch_norm(
 ) -> FoldedBatchNorm:
     """Move an inference batch norm's scale into the convolution or linear before it; the float output stays.
 
-    weight [out, in/groups, *kernel] (or transposed), bias [out] or None; mean, var: running statistics [out]; gamma, beta: affine
-    [out] or None. With r = gamma / sqrt(var + eps): the weight's rows and the bias are multiplied by r, and the norm becomes
-    weight 1, mean 0, variance 1 - eps, bias beta - mean r. Raises FewbitsError where eps >= 1 or shapes differ.
+    weight [out, in/groups, *kernel] (or transposed), bias [out] or None; mean, var: running statistics [out]; gamma,
+    beta: affine [out] or None. With r = gamma / sqrt(var + eps): the weight's rows and the bias are multiplied by r,
+    and the norm becomes weight 1, mean 0, variance 1 - eps, bias beta - mean r. Raises FewbitsError where eps >= 1 or
+    shapes differ.
     """
     if not 0 <= eps < 1:
         raise FewbitsError(f"fold_batch_norm: eps={eps}; the remaining norm needs variance 1 - eps > 0")
@@ -161,5 +162,6 @@ def _check_channels(
     for vector in (scale, shift):
         if vector is not None and vector.shape != (channels,):
             raise FewbitsError(
-                f"fold: {what} {tuple(weight.shape)} has {channels} channels there, but got a vector {tuple(vector.shape)}"
+                f"fold: {what} {tuple(weight.shape)} has {channels} channels there, "
+                f"but got a vector {tuple(vector.shape)}"
             )

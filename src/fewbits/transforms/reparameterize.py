@@ -1,8 +1,8 @@
 """From one scale and zero point per channel to one per tensor, by an affine change of the channels.
 
 RepQ-ViT (Li et al., ICCV 2023), section 3.2. With per-channel grids (s_j, z_j) and their means (s, z): r1 = s_j / s,
-r2 = z_j - z, and x' = x / r1 + s r2 = (x + s_j r2) / r1 has the same codes on the per-tensor grid (s, z) that x has on the
-per-channel grids. `fewbits.transforms.fold` moves the change into the norm before and the linears after.
+r2 = z_j - z, and x' = x / r1 + s r2 = (x + s_j r2) / r1 has the same codes on the per-tensor grid (s, z) that x has on
+the per-channel grids. `fewbits.transforms.fold` moves the change into the norm before and the linears after.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def reparameterize(
     """Derive the per-tensor grid and the change of channels from per-channel ones.
 
     scale, zero_point: C entries each, any shape with C elements ([C], [1, 1, C]).
-    round_zero_point: round the mean zero point BEFORE deriving r2, so that codes stay integers (needed for integer kernels);
-        False reproduces the released code, whose fractional mean puts the end codes off the lattice.
-    bounds: smallest and largest value of every channel, C entries each. A channel where they are equal is constant: it takes no
-        part in the means, gets r1 = 1, and its shift moves the constant into the bias that follows. Where not given, channels
-        with scale <= eps count as constant and their value is read off the grid.
+    round_zero_point: round the mean zero point BEFORE deriving r2, so that codes stay integers (needed for integer
+        kernels); False reproduces the released code, whose fractional mean puts the end codes off the lattice.
+    bounds: smallest and largest value of every channel, C entries each. A channel where they are equal is constant: it
+        takes no part in the means, gets r1 = 1, and its shift moves the constant into the bias that follows. Where not
+        given, channels with scale <= eps count as constant and their value is read off the grid.
     Raises FewbitsError where scales are not positive and finite or the shapes differ.
     """
     if scale.numel() != zero_point.numel():

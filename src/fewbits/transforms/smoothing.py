@@ -26,9 +26,9 @@ def smoothing_scales(
 ) -> Tensor:
     """s [C], float32: divide activation channel j by s_j and multiply column j of EVERY weight by it.
 
-    act_absmax: [C], max |x_j| over all calibration tokens of the unsmoothed model. weights: every linear that reads this
-    input, each [out, C] (convolutions: [out, C, *kernel]); all share one s. alpha: migration strength, 0 (all difficulty stays
-    in the activations) to 1 (all goes to the weights); 0.5 suits most models.
+    act_absmax: [C], max |x_j| over all calibration tokens of the unsmoothed model. weights: every linear that reads
+    this input, each [out, C] (convolutions: [out, C, *kernel]); all share one s. alpha: migration strength, 0 (all
+    difficulty stays in the activations) to 1 (all goes to the weights); 0.5 suits most models.
 
     s_j = act_j^alpha / w_j^(1 - alpha), with w_j the largest |W_ij| of all weights, both w and s at least 1e-5.
     A channel that is zero on all calibration data keeps s = 1 (`dead="keep"`). The released code lets the clamp decide

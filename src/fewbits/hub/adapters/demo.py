@@ -7,29 +7,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewbits.errors import FewbitsError
 from fewbits.hub.loaded import LoadedModel, plain
-from fewbits.hub.references import ModelRef
-from fewbits.hub.requires import nearest
-
-
-def check_name(name: str) -> None:
-    """FewbitsError unless there is a demo of that name."""
-    from fewbits import demo
-
-    if name not in demo.names():
-        raise FewbitsError(f"there is no demo {name!r}{nearest(name, demo.names())} (there are: {', '.join(demo.names())})")
+from fewbits.hub.references import ModelRef, check_demo
 
 
 def load(ref: ModelRef, dtype: torch.dtype) -> LoadedModel:
     """Model and description from `fewbits.demo`."""
     from fewbits import demo
 
-    check_name(ref.name)
+    check_demo(ref.name)
     model, config = demo.load(ref.name)
     spec = {"name": ref.name}
     return LoadedModel(
-        ref.text, "demo", model.eval().to(dtype), config["domain"], plain(config), spec, config.get("preprocessing"), demo_tokenizer(config)
+        ref.text,
+        "demo",
+        model.eval().to(dtype),
+        config["domain"],
+        plain(config),
+        spec,
+        config.get("preprocessing"),
+        demo_tokenizer(config),
     )
 
 
@@ -51,5 +48,5 @@ def rebuild(spec: dict[str, Any]) -> nn.Module:
     """The architecture; the demo's own weights are small enough to be loaded with it."""
     from fewbits import demo
 
-    check_name(spec["name"])
+    check_demo(spec["name"])
     return demo.load(spec["name"])[0]

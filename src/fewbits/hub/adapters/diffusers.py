@@ -1,5 +1,5 @@
-"""diffusers directories: a whole pipeline, of which the denoiser is taken, or a single model. `rebuild_spec` keeps the scheduler's
-configuration, so that calibration data can be noised the way the model was trained."""
+"""diffusers directories: a whole pipeline, of which the denoiser is taken, or a single model. `rebuild_spec` keeps
+the scheduler's configuration, so that calibration data can be noised the way the model was trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from fewbits.hub.loaded import LoadedModel, loading, plain
 from fewbits.hub.references import ModelRef, check_weights, read_json
 from fewbits.hub.requires import require
 
-_DENOISERS = ("unet", "transformer", "prior")  # the names diffusers' pipelines give the network that is run at every step
+_DENOISERS = (
+    "unet",
+    "transformer",
+    "prior",
+)  # the names diffusers' pipelines give the network that is run at every step
 
 
 def load(ref: ModelRef, dtype: torch.dtype) -> LoadedModel:
@@ -38,10 +42,14 @@ def load(ref: ModelRef, dtype: torch.dtype) -> LoadedModel:
     cls = _model_class(diffusers, str(config.get("_class_name")), ref.text)
     check_weights(folder)
     with loading(f"model {ref.text!r}"):
-        model, info = cls.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
+        model, info = cls.from_pretrained(
+            str(folder), torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     problems = sorted(map(str, info.get("missing_keys") or ())) + sorted(map(str, info.get("mismatched_keys") or ()))
     if problems:
-        raise FewbitsError(f"model {ref.text!r}: {len(problems)} weights are missing or do not fit: {', '.join(problems[:3])}")
+        raise FewbitsError(
+            f"model {ref.text!r}: {len(problems)} weights are missing or do not fit: {', '.join(problems[:3])}"
+        )
     spec = {"class": cls.__name__, "config": config, "scheduler": scheduler}
     size = config.get("sample_size")
     preprocessing = None
@@ -62,4 +70,3 @@ def rebuild(spec: dict[str, Any]) -> nn.Module:
     """The denoiser with fresh weights."""
     diffusers = require("diffusers", "this checkpoint")
     return _model_class(diffusers, spec["class"], spec["class"]).from_config(dict(spec["config"]))
-

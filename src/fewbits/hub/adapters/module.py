@@ -1,8 +1,10 @@
-"""Any PyTorch model with a loader of its own: `module:FILE.py:FUNCTION[:ARGUMENT]` (or `module:package.module:FUNCTION[:ARGUMENT]`).
+"""Any PyTorch model with a loader of its own: `module:FILE.py:FUNCTION[:ARGUMENT]` (or
+`module:package.module:FUNCTION[:ARGUMENT]`).
 
-The function is called with the argument (or with nothing) and returns the model, or `(model, config)`. What `config`, a JSON-able
-dict, may state: `input_size` ([channels, height, width]), `mean`, `std`, `interpolation` and `crop_pct` of image models, `label_names`,
-and `domain`. The file is ordinary Python and runs with your rights: it is run only where you name it.
+The function is called with the argument (or with nothing) and returns the model, or `(model, config)`. What
+`config`, a JSON-able dict, may state: `input_size` ([channels, height, width]), `mean`, `std`, `interpolation` and
+`crop_pct` of image models, `label_names`, and `domain`. The file is ordinary Python and runs with your rights: it is
+run only where you name it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def _call(ref: ModelRef) -> tuple[nn.Module, dict[str, Any]]:
     model, config = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
     if not isinstance(model, nn.Module) or not isinstance(config, dict):
         raise FewbitsError(
-            f"model {ref.text!r}: {ref.function} returned {type(made).__name__}; a torch.nn.Module or (module, config dict) is expected"
+            f"model {ref.text!r}: {ref.function} returned {type(made).__name__}; a torch.nn.Module or (module, "
+            "config dict) is expected"
         )
     return model, config
 
@@ -71,7 +74,9 @@ def _function(code: str, name: str, what: str) -> Callable[..., Any]:
             module = importlib.import_module(code)
     function = getattr(module, name, None)
     if not callable(function):
-        raise FewbitsError(f"model {what!r}: {code} has no function {name!r}{nearest(name, [n for n in dir(module) if n[0] != '_'])}")
+        raise FewbitsError(
+            f"model {what!r}: {code} has no function {name!r}{nearest(name, [n for n in dir(module) if n[0] != '_'])}"
+        )
     return function
 
 

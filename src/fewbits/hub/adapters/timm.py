@@ -24,7 +24,9 @@ def load(ref: ModelRef, dtype: torch.dtype) -> LoadedModel:
     with loading(f"model {ref.text!r}"):
         model = timm.create_model(name, pretrained=True)
     model = model.eval().to(dtype)
-    pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in ("file", "source", "state_dict", "url")}
+    pretrained_cfg = {
+        key: value for key, value in model.pretrained_cfg.items() if key not in ("file", "source", "state_dict", "url")
+    }
     preprocessing = plain({"kind": "timm", **timm.data.resolve_model_data_config(model)})
     spec = {
         "architecture": pretrained_cfg.get("architecture", ref.config.get("architecture")),

@@ -1,8 +1,8 @@
 """torchvision models: `torchvision:NAME` with its default weights, and local directories.
 
-A local directory holds `model.safetensors` (the state dict) and `config.json` with `"library": "torchvision"`, `architecture` (a name
-torchvision registers), `model_args` (keyword arguments of its builder) and the preprocessing (`input_size`, `mean`, `std`,
-`interpolation`, `crop_pct`).
+A local directory holds `model.safetensors` (the state dict) and `config.json` with `"library": "torchvision"`,
+`architecture` (a name torchvision registers), `model_args` (keyword arguments of its builder) and the preprocessing
+(`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from fewbits.hub.references import ModelRef, check_weights
 from fewbits.hub.requires import nearest, require
 
 # torchvision registers its models by sub-package; the sub-package of a model's class says what it does.
-_DOMAINS = {"detection": "object-detection", "segmentation": "image-segmentation", "optical_flow": "optical-flow", "video": "video"}
+_DOMAINS = {
+    "detection": "object-detection",
+    "segmentation": "image-segmentation",
+    "optical_flow": "optical-flow",
+    "video": "video",
+}
 
 
 def load(ref: ModelRef, dtype: torch.dtype) -> LoadedModel:
@@ -44,10 +49,16 @@ def load(ref: ModelRef, dtype: torch.dtype) -> LoadedModel:
         crop = getattr(weights.transforms(), "crop_size", None)
         if crop:
             preprocessing["input_size"] = [3, *(list(crop) * 2)[:2]]
-        config = {**spec, "label_names": weights.meta.get("categories"), "input_size": preprocessing.get("input_size", [3, 224, 224])}
+        config = {
+            **spec,
+            "label_names": weights.meta.get("categories"),
+            "input_size": preprocessing.get("input_size", [3, 224, 224]),
+        }
     parts = type(model).__module__.split(".")
     domain = next((_DOMAINS[part] for part in parts if part in _DOMAINS), "image")
-    return LoadedModel(ref.text, "torchvision", model.eval().to(dtype), domain, plain(config), plain(spec), preprocessing)
+    return LoadedModel(
+        ref.text, "torchvision", model.eval().to(dtype), domain, plain(config), plain(spec), preprocessing
+    )
 
 
 def _check_name(torchvision: Any, name: str) -> None:
@@ -57,10 +68,14 @@ def _check_name(torchvision: Any, name: str) -> None:
 
 
 def _built_with(model: nn.Module) -> dict[str, Any]:
-    """Plain constructor arguments that the model keeps as attributes of the same name (`aux_logits`, `transform_input`):
-    pretrained builders set them differently from the defaults."""
+    """Plain constructor arguments that the model keeps as attributes of the same name (`aux_logits`,
+    `transform_input`): pretrained builders set them differently from the defaults."""
     names = inspect.signature(type(model).__init__).parameters
-    return {name: getattr(model, name) for name in names if isinstance(getattr(model, name, None), bool) and name != "training"}
+    return {
+        name: getattr(model, name)
+        for name in names
+        if isinstance(getattr(model, name, None), bool) and name != "training"
+    }
 
 
 def _build(torchvision: Any, spec: dict[str, Any]) -> nn.Module:

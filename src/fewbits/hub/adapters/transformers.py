@@ -14,7 +14,8 @@ from fewbits.hub.loaded import LoadedModel, loading, plain
 from fewbits.hub.references import ModelRef, check_weights
 from fewbits.hub.requires import nearest, require
 
-# transformers keeps a mapping from model type to class for every task; the one that lists the class tells the domain. First hit wins.
+# transformers keeps a mapping from model type to class for every task; the one that lists the class tells the domain.
+# The first hit wins.
 _DOMAINS = {
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "text-generation",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "text-classification",
@@ -34,8 +35,8 @@ def load(ref: ModelRef, dtype: torch.dtype) -> LoadedModel:
     """Through `from_pretrained` of the class that the configuration names.
 
     Raises:
-        FewbitsError: weights missing, truncated or not fitting the configuration (the library would fill in random ones),
-            a model that is quantized already, a class transformers does not have.
+        FewbitsError: weights missing, truncated or not fitting the configuration (the library would fill in random
+            ones), a model that is quantized already, a class transformers does not have.
     """
     transformers = require("transformers", f"model {ref.text!r}")
     source = str(ref.folder or ref.name)
@@ -44,16 +45,26 @@ def load(ref: ModelRef, dtype: torch.dtype) -> LoadedModel:
     with loading(f"model {ref.text!r}"), _quiet(transformers):
         config = transformers.AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None):
-        raise FewbitsError(f"model {ref.text!r} is quantized already (its configuration has a quantization_config); take the original")
+        raise FewbitsError(
+            f"model {ref.text!r} is quantized already (its configuration has a quantization_config); take the original"
+        )
     if getattr(config, "auto_map", None):
-        raise FewbitsError(f"model {ref.text!r} needs code from its repository, which is not run; load it yourself and call fewbits.quantize")
+        raise FewbitsError(
+            f"model {ref.text!r} needs code from its repository, which is not run; load it yourself and call "
+            "fewbits.quantize"
+        )
     cls = _model_class(transformers, config, ref.text)
     with loading(f"model {ref.text!r}"), _quiet(transformers):
-        model, info = cls.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    problems = sorted(map(str, info.get("missing_keys") or ())) + sorted(str(k) for k in info.get("mismatched_keys") or ())
+        model, info = cls.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    problems = sorted(map(str, info.get("missing_keys") or ())) + sorted(
+        str(k) for k in info.get("mismatched_keys") or ()
+    )
     if problems:
         raise FewbitsError(
-            f"model {ref.text!r}: {len(problems)} weights of {cls.__name__} are missing or of another shape in the files: "
+            f"model {ref.text!r}: {len(problems)} weights of {cls.__name__} are missing or of another shape in "
+            "the files: "
             f"{', '.join(problems[:3])}"
         )
     spec = {
@@ -68,7 +79,9 @@ def load(ref: ModelRef, dtype: torch.dtype) -> LoadedModel:
         preprocessing = _image_processor(transformers, source)
     else:
         tokenizer = _tokenizer(transformers, source)
-    return LoadedModel(ref.text, "transformers", model.eval(), domain, plain(config.to_dict()), plain(spec), preprocessing, tokenizer)
+    return LoadedModel(
+        ref.text, "transformers", model.eval(), domain, plain(config.to_dict()), plain(spec), preprocessing, tokenizer
+    )
 
 
 def _model_class(transformers: Any, config: Any, what: str) -> Any:
@@ -78,7 +91,9 @@ def _model_class(transformers: Any, config: Any, what: str) -> Any:
     cls = getattr(transformers, names[0], None)
     if cls is None:
         known = [n for n in dir(transformers) if n.endswith(names[0][-8:])]
-        raise FewbitsError(f"model {what!r}: this version of transformers has no class {names[0]!r}{nearest(names[0], known)}")
+        raise FewbitsError(
+            f"model {what!r}: this version of transformers has no class {names[0]!r}{nearest(names[0], known)}"
+        )
     return cls
 
 

@@ -1,0 +1,5 @@
+"""`python -m fewbits`."""
+
+from fewbits.cli import main
+
+main()

@@ -1,0 +1,139 @@
+"""Reports on the terminal: one function a kind of report, taking the JSON-able report and a rich console."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "?"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def quantized(report: dict[str, Any], console: Console) -> None:
+    """Before and after, what it cost, and the notes."""
+    from rich.table import Table
+
+    table = Table(title=f"{report['model']}: {report['recipe']} {report['bits']}", title_justify="left")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    if report["metric"]:
+        table.add_row(report["metric"], _number(report["metric_before"]), _number(report["metric_after"]))
+    table.add_row("size", _size(report["bytes_before"]), _size(report["bytes_after"]))
+    console.print(table)
+    console.print(
+        f"{report['seconds']:.1f} s to quantize, {report['seconds_total']:.1f} s in all, peak memory "
+        f"{_size(report['peak_memory_bytes'])}, "
+        f"seed {report['seed']}, written to {report['out']}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    for note in report["notes"]:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
+
+
+def _number(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{value:.4g}" if abs(value) < 0.1 else f"{value:.2f}"
+
+
+def measured(measured: dict[str, Any], console: Console) -> None:
+    """A metric and what it was measured on."""
+    where = f"{measured['data']} ({measured['subset']}"
+    if "window" in measured:
+        where += f", window {measured['window']}, stride {measured['stride']}"
+    console.print(f"{measured['model']} on {where})", soft_wrap=True, highlight=False, markup=False)
+    for name, value in measured["metrics"].items():
+        console.print(f"  {name} {_number(value)}", highlight=False)
+
+
+def inspected(seen: dict[str, Any], console: Console) -> None:
+    """Units with their sites as a tree, then relations."""
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    root = Tree(
+        f"[bold]{escape(seen['model'])}[/] {seen['class']}, {seen['parameters']:,} parameters, "
+        f"{len(seen['units'])} units, {seen['sites']} sites"
+    )
+
+    def add(tree: Tree, sites: list[dict[str, Any]]) -> None:
+        for site in sites:
+            tags = f" [cyan]{' '.join(site['tags'])}[/]" if site["tags"] else ""
+            tree.add(f"{escape(site['name'])} [dim]{'x'.join(map(str, site['shape']))}[/]{tags}")
+
+    for unit in seen["units"]:
+        add(
+            root.add(f"[bold]{escape(unit['name'] or '(model)')}[/] {unit['class']} [dim]{unit['kind']}[/]"),
+            unit["sites"],
+        )
+    if seen["outside_units"]:
+        add(root.add("[bold]in no unit[/]"), seen["outside_units"])
+    if seen["relations"]:
+        branch = root.add("[bold]relations[/]")
+        for relation in seen["relations"]:
+            branch.add(
+                f"{escape(relation['name'])} {escape(relation['kind'])} [dim]{relation['channels']} channels; "
+                f"{', '.join(relation['permits'])}[/]"
+            )
+    for place in seen["opaque"]:
+        root.add(f"[yellow]closed: {escape(place)}[/]")
+    console.print(root, soft_wrap=True)
+
+
+def papers(listed: dict[str, Any], console: Console) -> None:
+    """One table a family."""
+    from rich.table import Table
+
+    from fewbits.papers.catalogue import FAMILIES
+
+    for family, entries in listed["families"].items():
+        table = Table(title=f"{FAMILIES[family][0]} ({family})", title_justify="left", expand=False)
+        for column in ("", "name", "paper", "venue"):
+            table.add_column(column)
+        for entry in entries:
+            venue = f"{entry.get('venue') or ''} {entry.get('year') or ''}".strip()
+            table.add_row("[green]✓[/]" if entry["implemented"] else "", entry["slug"], entry["title"], venue)
+        console.print(table)
+    console.print(
+        f"{listed['implemented']} of {listed['papers']} implemented (✓); fewbits papers show NAME tells more",
+        highlight=False,
+    )
+
+
+def paper(entry: dict[str, Any], console: Console, lang: str) -> None:
+    """Entry and recipe of one paper, in English or Chinese."""
+    console.print(f"[bold]{entry['title']}[/]", highlight=False)
+    keys = ("venue", "institutions", "models", "bits", "needs", "link", "code_url", "contribution", "recipe", "missing")
+    words = {
+        "en": "venue|institutions|models|bits|needs|link|code|contribution|recipe|not implemented yet",
+        "zh": "发表|机构|模型|位宽|需要|链接|代码|贡献|配方|尚未实现",
+    }
+    labels = dict(zip(keys, words[lang].split("|"), strict=True))
+    entry = {
+        **entry,
+        "contribution": entry.get(f"contribution_{lang}"),
+        "venue": f"{entry.get('venue') or ''} {entry.get('year') or ''}".strip(),
+    }
+    for key in keys[:-2]:
+        value = entry.get(key)
+        if value:
+            shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            console.print(f"{labels[key]}: {shown}", soft_wrap=True, highlight=False, markup=False)
+    recipe = entry["recipe"]
+    if recipe is None:
+        console.print(labels["missing"], style="yellow")
+        return
+    console.print(f"{labels['recipe']}: --recipe {entry['slug']}", highlight=False, markup=False)
+    for step in recipe["steps"]:
+        given = ", ".join(f"{key}={value}" for key, value in step.items() if key != "step")
+        console.print(f"  {step['step']}({given})", soft_wrap=True, highlight=False, markup=False)
+    for key, value in recipe["options"].items():
+        console.print(f"  --set {key}={value}", soft_wrap=True, highlight=False, markup=False)
