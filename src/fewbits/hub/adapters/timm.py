@@ -45,8 +45,8 @@ def _hub_args(timm: Any, ref: ModelRef) -> dict[str, Any]:
     architecture = ref.name.partition(".")[0]
     if not timm.is_model(architecture):
         raise FewbitsError(f"timm has no model {ref.name!r}{nearest(architecture, timm.list_models())}")
-    if not timm.list_pretrained(f"{ref.name}*"):
-        tags = timm.list_pretrained(f"{architecture}*")
+    tags = [name for name in timm.list_pretrained(f"{architecture}*") if name.partition(".")[0] == architecture]
+    if not tags or ("." in ref.name and ref.name not in tags):
         raise FewbitsError(f"timm has no pretrained weights {ref.name!r}{nearest(ref.name, tags)}")
     return {}
 
