@@ -1,4 +1,6 @@
-"""Recording: composites opened exactly, in-place writes and aliases followed, weights resolved at call time, nothing hidden."""
+"""Recording: composites opened exactly, in-place writes and aliases followed, weights resolved at call time,
+nothing hidden.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_models import build, recorded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fewbits.errors import FewbitsError
 from fewbits.graph import Ref, record
-from fewbits.graph.decompose import attention, can_open, einsum, multi_head_attention
+from fewbits.graph.decompose import attention, can_open, einsum
 from fewbits.graph.trace import Tracer
+from graph_models import build, recorded
 
 torch.manual_seed(0)
 
@@ -312,7 +314,11 @@ def test_module_calls_hold_their_inputs_and_outputs() -> None:
     assert first.outputs[0] in second.inputs and first.stop <= second.start
     assert any("DynamicCache" in place for place in first.objects_in) and first.objects_out == ()
     for note in graph.module_io:
-        inner = [call for call in graph.calls[note.start : note.stop] if f"{call.module}.".startswith(f"{note.path}.") or not note.path]
+        inner = [
+            call
+            for call in graph.calls[note.start : note.stop]
+            if f"{call.module}.".startswith(f"{note.path}.") or not note.path
+        ]
         assert len(inner) == note.stop - note.start
     root = graph.module_io[0]
     assert root.path == "" and (root.start, root.stop) == (0, len(graph.calls))
@@ -325,7 +331,10 @@ def test_computed_weights_have_sites_without_a_parameter() -> None:
     model = nn.Sequential(plain, nn.Linear(8, 4))
     graph = record(model, torch.randn(2, 8))
     sites = [s for s in graph.sites.values() if s.role == "weight"]
-    assert [(s.op, s.param, "computed" in s.tags) for s in sites] == [("linear", None, True), ("linear", "1.weight", False)]
+    assert [(s.op, s.param, "computed" in s.tags) for s in sites] == [
+        ("linear", None, True),
+        ("linear", "1.weight", False),
+    ]
 
 
 def test_weights_through_views_and_casts() -> None:
@@ -336,7 +345,12 @@ def test_weights_through_views_and_casts() -> None:
 
     graph = record(Fn(run), torch.randn(3, 8))
     found = [(s.param, s.layout, s.sliced) for s in graph.sites.values() if s.role == "weight"]
-    assert found == [("a.weight", "io", False), ("b.weight", "oi", False), ("b.weight", "oi", True), ("a.weight", "io", True)]
+    assert found == [
+        ("a.weight", "io", False),
+        ("b.weight", "oi", False),
+        ("b.weight", "oi", True),
+        ("a.weight", "io", True),
+    ]
     assert graph.sites["a.weight"].view == ((8, 8), (1, 8), 0)
 
 
@@ -401,13 +415,18 @@ def test_compiled_models_run_the_same_calls_without_a_graph_break() -> None:
     try:
         with torch.no_grad():
             expected = model(*args)
-            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
             torch.testing.assert_close(compiled(*args), expected)
     finally:
         tracer.remove()
         torch._dynamo.reset()
     with torch.no_grad():
         assert not torch.allclose(model(*args), expected)
+
+
+def test_compiled_models_can_be_recorded() -> None:
+    model, args, _ = build("timm-resnet")
+    assert list(record(torch.compile(model), *args).sites) == list(recorded("timm-resnet").sites)
 
 
 def test_copied_models_and_threads_have_their_own_stacks() -> None:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from zoo_tiny import MODELS
 
 from fewbits.errors import FewbitsError
 from fewbits.graph import Graph, record
@@ -22,6 +21,7 @@ from fewbits.graph.labels import FIXED, WILD, Labels, compact, full
 from fewbits.graph.proof import prove, prove_all
 from fewbits.graph.relations import Relation, find_relations, query_key_pairs, would_be_relations
 from fewbits.graph.weights import channels, operand, scale, shift
+from zoo_tiny import MODELS
 
 CONV, NORM, VO, UP, LIN = "conv->conv", "norm->linear", "v->o", "up->down", "linear->linear"
 HEAD, LAST = "conv->linear", "norm->conv"
@@ -126,7 +126,16 @@ NAMED: dict[str, list[tuple[str, str]]] = {
     ],
 }  # fmt: skip
 #: Casts to float32 inside (norms, rotary embeddings, softmax).
-CASTS = ("hf-llama", "hf-qwen3", "hf-gemma", "hf-bloom", "hf-gpt-neo", "hf-t5", "hf-mixtral-eager", "hf-mixtral-grouped")
+CASTS = (
+    "hf-llama",
+    "hf-qwen3",
+    "hf-gemma",
+    "hf-bloom",
+    "hf-gpt-neo",
+    "hf-t5",
+    "hf-mixtral-eager",
+    "hf-mixtral-grouped",
+)
 
 
 @cache
@@ -143,7 +152,9 @@ def outputs(model: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype = torch
     with torch.no_grad():
         out = model(*pytree.tree_map(cast, copy.deepcopy(args)), **pytree.tree_map(cast, copy.deepcopy(kwargs)))
     while not isinstance(out, (Tensor, list, tuple)):
-        out = [v for k, v in out.items() if k != "past_key_values"] if isinstance(out, dict) else list(vars(out).values())
+        out = (
+            [v for k, v in out.items() if k != "past_key_values"] if isinstance(out, dict) else list(vars(out).values())
+        )
     return [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
@@ -159,7 +170,9 @@ def random_scales(size: int, seed: int = 0) -> Tensor:
 
 
 def sides(relation: Relation) -> tuple[str, str]:
-    left, right = ([end.site for end in ends if end.axis != "vector"] for ends in (relation.producers, relation.consumers))
+    left, right = (
+        [end.site for end in ends if end.axis != "vector"] for ends in (relation.producers, relation.consumers)
+    )
     return " ".join(left), " ".join(right)
 
 
@@ -197,7 +210,9 @@ def test_scaling_everything_at_once_keeps_the_function(name: str) -> None:
         scale(model, relation, s)
     assert distance(before, outputs(model, args, kwargs, dtype)) <= threshold
     scale(model, relations[0], random_scales(relations[0].size), only="producers")
-    assert distance(before, outputs(model, args, kwargs, dtype)) > (0 if name.startswith("torchvision-") else 1e3 * threshold)
+    assert distance(before, outputs(model, args, kwargs, dtype)) > (
+        0 if name.startswith("torchvision-") else 1e3 * threshold
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "torchvision-inception"])
@@ -278,11 +293,15 @@ def test_wrong_relations_are_refuted(name: str) -> None:
     model, args, kwargs, graph, relations = recorded(name)
     for relation in relations[:4]:
         first = relation.consumers[0]
-        turned = replace(relation, consumers=(replace(first, channel_of=first.channel_of.roll(1)), *relation.consumers[1:]))
+        turned = replace(
+            relation, consumers=(replace(first, channel_of=first.channel_of.roll(1)), *relation.consumers[1:])
+        )
         assert prove(model, graph, turned, args, kwargs).verdict == "refuted"
     several = next((r for r in relations if len(r.consumers) > 1), None)
     if several is not None:
-        assert prove(model, graph, replace(several, consumers=several.consumers[:-1]), args, kwargs).verdict == "refuted"
+        assert (
+            prove(model, graph, replace(several, consumers=several.consumers[:-1]), args, kwargs).verdict == "refuted"
+        )
     joined = next((r for r in relations if len(r.producers) > 1), None)
     if joined is not None:
         assert prove(model, graph, replace(joined, producers=joined.producers[:-1]), args, kwargs).verdict == "refuted"
@@ -445,7 +464,9 @@ def test_channels_last_parameters_are_edited_right() -> None:
 
 def test_one_weight_in_two_places() -> None:
     torch.manual_seed(0)
-    twice = Case(lambda m, x: m.b(F.relu(m.a(x))) + m.b(F.relu(m.c(x))), a=_linear(4, 6), b=_linear(6, 3), c=_linear(4, 6))
+    twice = Case(
+        lambda m, x: m.b(F.relu(m.a(x))) + m.b(F.relu(m.c(x))), a=_linear(4, 6), b=_linear(6, 3), c=_linear(4, 6)
+    )
     (relation,) = _holds(twice, torch.randn(2, 4), 1)
     assert {end.site for end in relation.producers} == {"a", "c"}
     transposed = Case(lambda m, x: F.linear(m.a(x), m.a.weight.t()), a=_linear(4, 6))
@@ -550,7 +571,9 @@ def test_a_missing_bias_is_made_for_a_shift() -> None:
 
 
 # -- reading weights by channel --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["timm-regnety", "hf-gpt2", "hf-mixtral-grouped", "hf-llama", "torchvision-shufflenet"])
+@pytest.mark.parametrize(
+    "name", ["timm-regnety", "hf-gpt2", "hf-mixtral-grouped", "hf-llama", "torchvision-shufflenet"]
+)
 def test_channels_are_the_elements_a_scale_touches(name: str) -> None:
     model, *_, relations = recorded(name)
     model = copy.deepcopy(model).double()
@@ -561,9 +584,13 @@ def test_channels_are_the_elements_a_scale_touches(name: str) -> None:
             before = channels(model, end)
             assert before.shape[0] == len(end.channel_of) and before.numel() == operand(model, end).numel()
             s = random_scales(relation.size)
-            alone = replace(relation, producers=(end,) if end.axis != "in" else (), consumers=(end,) if end.axis == "in" else ())
+            alone = replace(
+                relation, producers=(end,) if end.axis != "in" else (), consumers=(end,) if end.axis == "in" else ()
+            )
             scale(model, alone, s)
-            factor = torch.where(end.channel_of >= 0, s[end.channel_of.clamp(min=0)], torch.ones(1, dtype=torch.float64))
+            factor = torch.where(
+                end.channel_of >= 0, s[end.channel_of.clamp(min=0)], torch.ones(1, dtype=torch.float64)
+            )
             expected = before * factor[:, None] if end.axis != "in" else before / factor[:, None]
             assert torch.allclose(channels(model, end), expected, rtol=1e-12, atol=0)
 

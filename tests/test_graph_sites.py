@@ -1,4 +1,6 @@
-"""Sites of real library models: complete against counts taken below the recorder, tagged by data flow, and stable in name."""
+"""Sites of real library models: complete against counts taken below the recorder, tagged by data flow, and stable
+in name.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from graph_models import NAMES, build, recorded
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from fewbits.graph import Graph, record
 from fewbits.graph.trace import Tracer
+from graph_models import NAMES, build, recorded
 
 #: Attention products of each model: (attentions, key or value cache writes).
 ATTENTIONS = {
@@ -68,7 +70,10 @@ RESIDUALS = {
     "hf-detr": 4 + 2 * 2 + 2 * 3,
     "diffusers-unet2d": 8 + 4,
     "diffusers-unet2d-condition": 8 + 4 * 3 + 4,
-    **{f"hf-{name}": 2 * 2 for name in "llama qwen3 gemma opt bloom falcon gpt2 gpt-neo bert roberta mixtral-eager mixtral-grouped".split()},
+    **{
+        f"hf-{name}": 2 * 2
+        for name in "llama qwen3 gemma opt bloom falcon gpt2 gpt-neo bert roberta mixtral-eager mixtral-grouped".split()
+    },
 }
 SKIPS = {
     "timm-mobilevit": 3,
@@ -79,7 +84,14 @@ SKIPS = {
     "diffusers-unet2d-condition": 4,
 }
 #: Normalisations of the decoders that write RMSNorm out, per model.
-WRITTEN_OUT_NORMS = {"hf-llama": 5, "hf-qwen3": 9, "hf-gemma": 5, "hf-mixtral-eager": 5, "hf-mixtral-grouped": 5, "hf-t5": 12}
+WRITTEN_OUT_NORMS = {
+    "hf-llama": 5,
+    "hf-qwen3": 9,
+    "hf-gemma": 5,
+    "hf-mixtral-eager": 5,
+    "hf-mixtral-grouped": 5,
+    "hf-t5": 12,
+}
 
 
 class _Aten(TorchDispatchMode):
@@ -124,7 +136,10 @@ def test_every_kernel_has_its_site(name: str) -> None:
     assert uses(graph, "softmax") == ran["_softmax"] + ran["_safe_softmax"]
     assert uses(graph, "layer_norm") == ran["native_layer_norm"]
     assert uses(graph, "group_norm") == ran["native_group_norm"]
-    assert uses(graph, "batch_norm") == ran["native_batch_norm"] + ran["_native_batch_norm_legit_no_training"] + ran["cudnn_batch_norm"]
+    assert (
+        uses(graph, "batch_norm")
+        == ran["native_batch_norm"] + ran["_native_batch_norm_legit_no_training"] + ran["cudnn_batch_norm"]
+    )
     assert uses(graph, "embedding") == ran["embedding"]
     for op, kernel in (("gelu", "gelu"), ("silu", "silu"), ("hardtanh", "hardtanh"), ("tanh", "tanh")):
         assert uses(graph, op) == ran[kernel] + ran[kernel + "_"], op
@@ -175,10 +190,16 @@ def test_attention_residual_and_skip_tags(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(WRITTEN_OUT_NORMS))
 def test_norms_written_out_are_norm_sites(name: str) -> None:
     graph = recorded(name)
-    norms = [site for site in graph.sites.values() if site.op == "mul" and site.role == "output" and "post_layernorm" in site.tags]
+    norms = [
+        site
+        for site in graph.sites.values()
+        if site.op == "mul" and site.role == "output" and "post_layernorm" in site.tags
+    ]
     assert len(norms) == WRITTEN_OUT_NORMS[name]
     model = build(name)[0]
-    modules = {path for path, module in model.named_modules() if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))}
+    modules = {
+        path for path, module in model.named_modules() if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+    }
     assert {site.name.removesuffix(".output") for site in norms} == modules
     assert not any(".mul.lhs" in name and name.split(".mul")[0] in modules for name in graph.sites)
 
@@ -241,7 +262,9 @@ def _another_batch(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
     if name in ("torchvision-retinanet", "torchvision-fasterrcnn"):
         image = args[0][0]
         return ([image, image[:, :48, :]],), kwargs
-    return tree_map(lambda x: torch.cat([x, x.flip(0)]) if isinstance(x, torch.Tensor) and x.dim() > 1 else x, (args, kwargs))
+    return tree_map(
+        lambda x: torch.cat([x, x.flip(0)]) if isinstance(x, torch.Tensor) and x.dim() > 1 else x, (args, kwargs)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -253,10 +276,14 @@ def test_names_are_stable_over_runs_copies_and_batches(name: str) -> None:
     assert _identity(record(model, *args, **kwargs)) == first
 
 
-@pytest.mark.parametrize("name", ["timm-resnet", "timm-mobilevit", "timm-densenet", "torchvision-inception", "diffusers-unet2d"])
+@pytest.mark.parametrize(
+    "name", ["timm-resnet", "timm-mobilevit", "timm-densenet", "torchvision-inception", "diffusers-unet2d"]
+)
 def test_names_are_stable_over_resolutions(name: str) -> None:
     model, args, kwargs = build(name)
-    larger = [torch.nn.functional.interpolate(x, scale_factor=2) if torch.is_tensor(x) and x.dim() == 4 else x for x in args]
+    larger = [
+        torch.nn.functional.interpolate(x, scale_factor=2) if torch.is_tensor(x) and x.dim() == 4 else x for x in args
+    ]
     assert _identity(record(model, *larger, **kwargs)) == _identity(recorded(name))
 
 
@@ -281,22 +308,30 @@ class _Keys(Tracer):
 def test_generate_runs_the_recorded_sites_in_prefill_and_decode(name: str, cache: str) -> None:
     if cache == "static" and name in ("hf-bloom", "hf-t5"):
         pytest.skip("the library has no static cache for this model")
-    model, args, kwargs = build(name)
+    model, _, kwargs = build(name)
     graph = recorded(name)
-    core = {s.key for s in graph.sites.values() if s.op in ("linear", "addmm", "matmul", "baddbmm", "softmax", "grouped_mm", "silu", "tanh")}
+    core = {
+        s.key
+        for s in graph.sites.values()
+        if s.op in ("linear", "addmm", "matmul", "baddbmm", "softmax", "grouped_mm", "silu", "tanh")
+    }
     decoder = {key for key in core if not key[0].startswith("encoder")}
     tracer = _Keys()
     tracer.install(model)
     try:
         extra = {"cache_implementation": "static"} if cache == "static" else {}
-        model.generate(kwargs["input_ids"], max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0, **extra)
+        model.generate(
+            kwargs["input_ids"], max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0, **extra
+        )
     finally:
         tracer.remove()
     steps = [set(keys) & core for keys in tracer.forwards]
     steps = [step for step in steps if any(key[0] == "lm_head" for key in step)]  # the encoder runs by itself first
     assert len(steps) == 3
     for step in steps:
-        missing = {key for key in decoder - step if "EncDecAttention.k" not in key[0] and "EncDecAttention.v" not in key[0]}
+        missing = {
+            key for key in decoder - step if "EncDecAttention.k" not in key[0] and "EncDecAttention.v" not in key[0]
+        }
         assert missing == set()
 
 
@@ -326,7 +361,11 @@ def test_expert_slices_are_keyed_by_slice_not_by_order() -> None:
     unused = {site.key[1] for site in few.sites.values() if site.uses == 0 and site.module == path}
     assert len({name.rpartition(".")[2] for name in unused if "gate_up" in name}) == 1
     for name, site in few.sites.items():
-        assert (site.key, site.view, site.layout) == (graph.sites[name].key, graph.sites[name].view, graph.sites[name].layout)
+        assert (site.key, site.view, site.layout) == (
+            graph.sites[name].key,
+            graph.sites[name].view,
+            graph.sites[name].layout,
+        )
 
 
 def test_grouped_expert_products() -> None:

@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from graph_models import build, recorded
 from rich.console import Console
 from torch import nn
 
 from fewbits.graph import record
 from fewbits.graph.tree import describe, render
+from graph_models import build, recorded
 
 
 def text(graph: object, model: nn.Module | None = None) -> str:
@@ -24,7 +24,9 @@ def text(graph: object, model: nn.Module | None = None) -> str:
 def test_description_is_json_and_complete(name: str) -> None:
     graph = recorded(name)
     data = json.loads(json.dumps(describe(graph)))
-    listed = [site["name"] for unit in data["units"] for site in unit["sites"]] + [site["name"] for site in data["outside"]]
+    listed = [site["name"] for unit in data["units"] for site in unit["sites"]] + [
+        site["name"] for site in data["outside"]
+    ]
     assert sorted(listed) == sorted(graph.sites)
     assert [unit["name"] for unit in data["units"]] == [unit.name for unit in graph.units]
     assert data["opened"] == graph.opened and data["model"] == graph.model_class

@@ -1,4 +1,6 @@
-"""Units: the expected blocks of real models, found without class names; disjoint, ordered, runnable alone; needs by data flow."""
+"""Units: the expected blocks of real models, found without class names; disjoint, ordered, runnable alone; needs
+by data flow.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from graph_models import NAMES, build, recorded
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
 from fewbits.graph import record
 from fewbits.graph.units import find_units, unit_needs
+from graph_models import NAMES, build, recorded
 
 #: model -> (blocks, modules, ops), and some of the units by name.
 EXPECTED: dict[str, tuple[tuple[int, int, int], dict[str, str]]] = {
@@ -25,17 +27,31 @@ EXPECTED: dict[str, tuple[tuple[int, int, int], dict[str, str]]] = {
     ),
     "timm-mobilevit": (
         (16, 11, 4),
-        {"stem": "module", "stages.0.0": "block", "stages.2.1.conv_1x1": "op", "stages.2.1.transformer.0": "block", "final_conv": "module"},
+        {
+            "stem": "module",
+            "stages.0.0": "block",
+            "stages.2.1.conv_1x1": "op",
+            "stages.2.1.transformer.0": "block",
+            "final_conv": "module",
+        },
     ),
     "timm-efficientformer": ((4, 0, 4), {"stem.conv1": "op", "stages.0": "block", "head": "op"}),
     "timm-resnet": ((5, 0, 2), {"conv1": "op", "layer1.0": "block", "layer4.0": "block", "fc": "op"}),
     "timm-resnet-bottleneck": ((5, 0, 2), {"conv1": "op", "layer1.1": "block", "fc": "op"}),
     "timm-regnetx": ((6, 1, 1), {"stem": "module", "s3.b2": "block", "head.fc": "op"}),
     "timm-regnety": ((6, 1, 1), {"stem": "module", "s3.b2": "block", "head.fc": "op"}),
-    "timm-mobilenetv2": ((16, 1, 3), {"conv_stem": "op", "blocks.0.0": "module", "blocks.6.0": "block", "conv_head": "op"}),
+    "timm-mobilenetv2": (
+        (16, 1, 3),
+        {"conv_stem": "op", "blocks.0.0": "module", "blocks.6.0": "block", "conv_head": "op"},
+    ),
     "timm-densenet": (
         (8, 3, 2),
-        {"features.conv0": "op", "features.denseblock1.denselayer1": "block", "features.transition1": "module", "classifier": "op"},
+        {
+            "features.conv0": "op",
+            "features.denseblock1.denselayer1": "block",
+            "features.transition1": "module",
+            "classifier": "op",
+        },
     ),
     "timm-vgg": ((0, 1, 5), {"features.0": "op", "pre_logits": "module", "head.fc": "op"}),
     "torchvision-vit": ((2, 0, 2), {"conv_proj": "op", "encoder.layers.encoder_layer_0": "block", "heads.head": "op"}),
@@ -44,14 +60,27 @@ EXPECTED: dict[str, tuple[tuple[int, int, int], dict[str, str]]] = {
         (9, 7, 1),
         {"Conv2d_1a_3x3": "module", "Mixed_5b": "block", "Mixed_6a": "module", "Mixed_6e": "block", "fc": "op"},
     ),
-    "torchvision-mnasnet": ((16, 0, 5), {"layers.0": "op", "layers.8.0": "block", "layers.14": "op", "classifier.1": "op"}),
+    "torchvision-mnasnet": (
+        (16, 0, 5),
+        {"layers.0": "op", "layers.8.0": "block", "layers.14": "op", "classifier.1": "op"},
+    ),
     "torchvision-retinanet": (
         (6, 2, 4),
-        {"backbone.body.0": "module", "backbone.body.6": "block", "backbone.fpn.inner_blocks.0.0": "op", "head": "module"},
+        {
+            "backbone.body.0": "module",
+            "backbone.body.6": "block",
+            "backbone.fpn.inner_blocks.0.0": "op",
+            "head": "module",
+        },
     ),
     "torchvision-fasterrcnn": (
         (6, 4, 4),
-        {"backbone.body.1": "block", "rpn.head": "module", "roi_heads.box_head": "module", "roi_heads.box_predictor": "module"},
+        {
+            "backbone.body.1": "block",
+            "rpn.head": "module",
+            "roi_heads.box_head": "module",
+            "roi_heads.box_predictor": "module",
+        },
     ),
     "hf-bert": ((2, 1, 1), {"bert.encoder.layer.0": "block", "bert.pooler": "module", "classifier": "op"}),
     "hf-roberta": ((2, 1, 0), {"roberta.encoder.layer.1": "block", "classifier": "module"}),
@@ -71,7 +100,12 @@ EXPECTED: dict[str, tuple[tuple[int, int, int], dict[str, str]]] = {
     ),
     "diffusers-unet2d": (
         (12, 1, 4),
-        {"time_embedding": "module", "conv_in": "op", "mid_block.attentions.0": "block", "up_blocks.0.resnets.1": "block"},
+        {
+            "time_embedding": "module",
+            "conv_in": "op",
+            "mid_block.attentions.0": "block",
+            "up_blocks.0.resnets.1": "block",
+        },
     ),
     "diffusers-unet2d-condition": (
         (12, 1, 12),
@@ -173,7 +207,11 @@ def test_needs_follow_skips_and_shared_tensors() -> None:
     assert needs["model.decoder.layers.1"] == {"model.decoder.layers.0", "model.encoder.layers.1"}
     needs = unit_needs(recorded("diffusers-unet2d"))
     assert needs["up_blocks.1.resnets.1"] == {"conv_in", "time_embedding", "up_blocks.1.resnets.0"}
-    assert needs["up_blocks.1.resnets.0"] == {"down_blocks.0.resnets.0", "time_embedding", "up_blocks.0.upsamplers.0.conv"}
+    assert needs["up_blocks.1.resnets.0"] == {
+        "down_blocks.0.resnets.0",
+        "time_embedding",
+        "up_blocks.0.upsamplers.0.conv",
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)

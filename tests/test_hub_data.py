@@ -35,14 +35,23 @@ class Tokenizer:
 
 def classifier(size: int = 8, **config: Any) -> LoadedModel:
     shape = [3, size, size]
-    plain = {"kind": "plain", "input_size": shape, "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "crop_pct": 1.0}
+    plain = {
+        "kind": "plain",
+        "input_size": shape,
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+    }
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size * size, 4))
     return LoadedModel("m", "module", model, "image", config, {}, plain)
 
 
 def language_model(length: int = 8) -> LoadedModel:
     model = torch.nn.Embedding(64, 64)
-    return LoadedModel("m", "module", model, "text-generation", {"max_length": length, "vocab_size": 64}, {}, None, Tokenizer())
+    return LoadedModel(
+        "m", "module", model, "text-generation", {"max_length": length, "vocab_size": 64}, {}, None, Tokenizer()
+    )
 
 
 def png(colour: int, size: tuple[int, int] = (8, 8)) -> bytes:
@@ -52,7 +61,11 @@ def png(colour: int, size: tuple[int, int] = (8, 8)) -> bytes:
 
 
 def write_parquet(path: Path, count: int = 20, **columns: Any) -> Path:
-    table = {"image": [{"bytes": png(i), "path": f"{i}.png"} for i in range(count)], "label": [i % 4 for i in range(count)], **columns}
+    table = {
+        "image": [{"bytes": png(i), "path": f"{i}.png"} for i in range(count)],
+        "label": [i % 4 for i in range(count)],
+        **columns,
+    }
     parquet.write_table(pyarrow.table(table), path)
     return path
 
@@ -154,7 +167,13 @@ def test_plain_preprocessing_is_timms(size: tuple[int, int], crop: float) -> Non
     pytest.importorskip("timm")
     noise = torch.randint(256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     image = PIL.fromarray(noise.numpy())
-    spec = {"input_size": [3, 8, 8], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear", "crop_pct": crop}
+    spec = {
+        "input_size": [3, 8, 8],
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2, 0.3, 0.4],
+        "interpolation": "bilinear",
+        "crop_pct": crop,
+    }
     mine = image_transform({"kind": "plain", **spec})(image)
     theirs = image_transform({"kind": "timm", **spec, "crop_mode": "center"})(image)
     assert mine.shape == theirs.shape == (3, 8, 8)
@@ -169,7 +188,9 @@ def write_text(path: Path, text: str) -> Path:
 
 @settings(max_examples=60, deadline=None)
 @given(length=st.integers(10, 60), window=st.integers(1, 9), stride=st.integers(1, 9), batch=st.integers(1, 5))
-def test_every_token_counts_once(tmp_path_factory: pytest.TempPathFactory, length: int, window: int, stride: int, batch: int) -> None:
+def test_every_token_counts_once(
+    tmp_path_factory: pytest.TempPathFactory, length: int, window: int, stride: int, batch: int
+) -> None:
     """Whatever the stride, each scored position is a different token of the text, in order and without a gap."""
     stride = min(stride, window)
     text = "".join(chr(65 + i % 26) for i in range(length))
@@ -192,7 +213,9 @@ def test_documents_are_joined_after_the_end_token(tmp_path: Path) -> None:
     lines = write_text(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows))
     data = load_data(lines, language_model(), purpose="evaluation", seqlen=6, batch_size=1)
     assert inputs(data).tolist() == [[0, 1, 2, 0, 3, 4]]
-    single = load_data(write_text(tmp_path / "a.txt", "ABCDE"), language_model(), purpose="evaluation", seqlen=3, batch_size=1)
+    single = load_data(
+        write_text(tmp_path / "a.txt", "ABCDE"), language_model(), purpose="evaluation", seqlen=3, batch_size=1
+    )
     assert inputs(single).tolist() == [[1, 2, 3]]
 
 
@@ -221,7 +244,7 @@ def test_demo_data() -> None:
 def test_tables_of_labelled_sentences(tmp_path: Path) -> None:
     files = {
         "a.tsv": 'a "quoted" one\t1\nthe other\t0\n',
-        "b.tsv": "label\tsentence\n1\ta \"quoted\" one\n0\tthe other\n",
+        "b.tsv": 'label\tsentence\n1\ta "quoted" one\n0\tthe other\n',
         "a.csv": 'text,label\n"a ""quoted"" one",1\nthe other,0\n',
         "a.jsonl": '{"text": "a \\"quoted\\" one", "label": 1}\n\n{"text": "the other", "label": 0}\n',
     }
@@ -258,7 +281,9 @@ def test_bad_images_and_labels(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(FewbitsError, match="holds no samples"):
         load_data(tmp_path / "none", classifier())
-    broken = write_parquet(tmp_path / "b.parquet", count=2, image=[{"bytes": png(1), "path": ""}, {"bytes": b"nothing", "path": ""}])
+    broken = write_parquet(
+        tmp_path / "b.parquet", count=2, image=[{"bytes": png(1), "path": ""}, {"bytes": b"nothing", "path": ""}]
+    )
     with pytest.raises(FewbitsError, match=r"b\.parquet row 1 is no readable image"):
         list(load_data(broken, classifier()))
     with pytest.raises(FewbitsError, match=r"has no column .*it has: a"):

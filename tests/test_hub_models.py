@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from golden import folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewbits.engine.tree import as_call, map_tensors
 from fewbits.errors import FewbitsError
 from fewbits.hub.models import LoadedModel, from_spec, load_model, rebuild, save_companions
+from golden import folder
 
 CODE = """
 import torch
@@ -42,7 +42,9 @@ def write_timm(path: Path) -> Path:
     cfg = {"input_size": [3, 16, 16], "mean": [0.4] * 3, "std": [0.3] * 3, "num_classes": 7, "fixed_input_size": True}
     path.mkdir()
     (path / "config.json").write_text(
-        json.dumps({"architecture": "vit_tiny_patch16_224", "num_classes": 7, "model_args": args, "pretrained_cfg": cfg})
+        json.dumps(
+            {"architecture": "vit_tiny_patch16_224", "num_classes": 7, "model_args": args, "pretrained_cfg": cfg}
+        )
     )
     save_file(model.state_dict(), path / "model.safetensors")
     return path
@@ -54,7 +56,9 @@ def write_torchvision(path: Path) -> Path:
     model = torchvision.models.get_model("shufflenet_v2_x0_5", weights=None, num_classes=6)
     config = {"library": "torchvision", "architecture": "shufflenet_v2_x0_5", "model_args": {"num_classes": 6}}
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({**config, "input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.2] * 3}))
+    (path / "config.json").write_text(
+        json.dumps({**config, "input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.2] * 3})
+    )
     save_file(model.state_dict(), path / "model.safetensors")
     return path
 
@@ -127,7 +131,9 @@ def check_loaded(loaded: LoadedModel, code_module: str | None, tmp_path: Path) -
     again = from_spec(spec, tmp_path, code_module=code_module)
     assert (again.kind, again.domain, again.preprocessing) == (loaded.kind, loaded.domain, loaded.preprocessing)
     assert again.rebuild_spec == spec and (again.tokenizer is None) == (loaded.tokenizer is None)
-    assert map_tensors(lambda t: t.shape, again.example_batch(3)) == map_tensors(lambda t: t.shape, loaded.example_batch(3))
+    assert map_tensors(lambda t: t.shape, again.example_batch(3)) == map_tensors(
+        lambda t: t.shape, loaded.example_batch(3)
+    )
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -143,7 +149,11 @@ def test_dtype_holds_for_model_example_and_rebuilt(kind: str, tmp_path: Path) ->
     code = f"{tmp_path}/m/code.py:load" if kind == "module" else None
     for model in (loaded.model, rebuild(loaded.rebuild_spec, code_module=code)):
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    floats = [t for t in torch.utils._pytree.tree_leaves(loaded.example_batch()) if isinstance(t, Tensor) and t.is_floating_point()]
+    floats = [
+        t
+        for t in torch.utils._pytree.tree_leaves(loaded.example_batch())
+        if isinstance(t, Tensor) and t.is_floating_point()
+    ]
     assert all(t.dtype == torch.bfloat16 for t in floats)
 
 
@@ -180,7 +190,11 @@ def test_weights_that_do_not_fit_are_refused(kind: str, tmp_path: Path) -> None:
 def test_unknown_names_give_the_nearest() -> None:
     pytest.importorskip("timm")
     pytest.importorskip("torchvision")
-    for ref, near in (("timm:resnet1O", "resnet10t|resnet18"), ("torchvision:resnet181", "resnet18"), ("timm:resnet18.a1_in1", "resnet18.a1_in1k")):
+    for ref, near in (
+        ("timm:resnet1O", "resnet10t|resnet18"),
+        ("torchvision:resnet181", "resnet18"),
+        ("timm:resnet18.a1_in1", "resnet18.a1_in1k"),
+    ):
         with pytest.raises(FewbitsError, match=f"did you mean .*({near})"):
             load_model(ref)
 
@@ -196,7 +210,9 @@ def test_unknown_architecture_in_a_directory(tmp_path: Path) -> None:
 def test_quantized_originals_and_remote_code_are_refused(tmp_path: Path) -> None:
     where = write_llama(tmp_path / "m")
     config = json.loads((where / "config.json").read_text())
-    (where / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (where / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     with pytest.raises(FewbitsError, match="quantized already"):
         load_model(where)
 

@@ -40,7 +40,12 @@ def test_code_references(tmp_path: Path) -> None:
     code = tmp_path / "my.py"
     code.write_text("")
     parsed = parse_model_ref(f"module:{code}:load:{tmp_path}/a:b")
-    assert (parsed.kind, parsed.code, parsed.function, parsed.argument) == ("module", str(code), "load", f"{tmp_path}/a:b")
+    assert (parsed.kind, parsed.code, parsed.function, parsed.argument) == (
+        "module",
+        str(code),
+        "load",
+        f"{tmp_path}/a:b",
+    )
     assert parse_model_ref("weights", f"{code}:load").argument == "weights"
     assert parse_model_ref("module:package.sub:make").code == "package.sub"
     for ref, given in (("module:my.txt", None), (f"module:{tmp_path}/no.py:load", None), ("x", f"{code}:load:arg")):

@@ -1,8 +1,7 @@
 """Tiny random-weight instances of real library models, each with inputs: what the graph tests run on.
-
-Every entry of `MODELS` is a function without arguments that returns `(model in eval mode, args, kwargs)`. Weights are seeded, and
-nothing is left at a constant (zero heads, zero-initialised last norms, unit norm weights and fresh running statistics would
-hide mistakes), so a wrong rewrite anywhere moves the output.
+ Every entry of `MODELS` is a function without arguments that returns `(model in eval mode, args, kwargs)`. Weights
+are seeded, and nothing is left at a constant (zero heads, zero-initialised last norms, unit norm weights and fresh
+running statistics would hide mistakes), so a wrong rewrite anywhere moves the output.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
-_VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
+_VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 
 
 def _efficientformer() -> nn.Module:
@@ -197,7 +196,7 @@ def _hf(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
-_LM = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2)
+_LM: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
 _LLAMA = dict(**_LM, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
 _BERT = dict(**_LM, intermediate_size=48, num_attention_heads=4, max_position_embeddings=32)
 _MIXTRAL = dict(**_LLAMA, num_local_experts=3, num_experts_per_tok=2)

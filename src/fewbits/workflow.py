@@ -429,7 +429,7 @@ def _bar(show: bool, label: str) -> Iterator[Callable[[int, int], None] | None]:
 def _write(folder: Path, result: Any, loaded: LoadedModel, report: dict[str, Any], started: float) -> None:
     from fewbits.hub import checkpoint
 
-    checkpoint.save(folder, result, loaded, report)
+    checkpoint.save(folder, result, loaded, {key: value for key, value in report.items() if value is not None})
     report["bytes_after"] = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     report["seconds_total"] = round(time.monotonic() - started, 3)
     write_json(folder / REPORT_FILE, report)

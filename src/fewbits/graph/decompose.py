@@ -88,7 +88,8 @@ def multi_head_attention(
         assert q_proj_weight is not None and k_proj_weight is not None and v_proj_weight is not None
         biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
         q, k, v = (
-            F.linear(x, w, b) for x, w, b in zip((query, key, value), (q_proj_weight, k_proj_weight, v_proj_weight), biases, strict=True)
+            F.linear(x, w, b)
+            for x, w, b in zip((query, key, value), (q_proj_weight, k_proj_weight, v_proj_weight), biases, strict=True)
         )
     else:
         assert in_proj_weight is not None
@@ -144,7 +145,9 @@ def _merge_masks(
 
 
 def _einsum_labels(equation: str, dims: tuple[int, ...]) -> tuple[list[str], list[str], list[str]]:
-    """Labels of both operands and of the output, the ellipsis written out. Raises ValueError for what is no plain product."""
+    """Labels of both operands and of the output, the ellipsis written out. Raises ValueError for what is no plain
+    product.
+    """
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if len(terms) != 2 or len(dims) != 2:
@@ -204,10 +207,16 @@ def can_open(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return False
     if op == "multi_head_attention_forward":
         names = dict(zip(_MHA_NAMES, args, strict=False)) | kwargs
-        return not names.get("add_zero_attn") and all(names.get(k) is None for k in ("bias_k", "bias_v", "static_k", "static_v"))
+        return not names.get("add_zero_attn") and all(
+            names.get(k) is None for k in ("bias_k", "bias_v", "static_k", "static_v")
+        )
     if op == "einsum":
         operands = args[1:] if len(args) != 2 or isinstance(args[1], Tensor) else tuple(args[1])
-        if len(operands) != 2 or not isinstance(args[0], str) or not all(isinstance(x, Tensor) and x.is_floating_point() for x in operands):
+        if (
+            len(operands) != 2
+            or not isinstance(args[0], str)
+            or not all(isinstance(x, Tensor) and x.is_floating_point() for x in operands)
+        ):
             return False
         try:
             first, second, out = _einsum_labels(args[0], (operands[0].dim(), operands[1].dim()))

@@ -1,15 +1,31 @@
-"""Questions about the data flow of a recorded forward: what made a value, what it reaches, and what that says about its role."""
+"""Questions about the data flow of a recorded forward: what made a value, what it reaches, and what that says
+about its role.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
 
-from fewbits.graph.ops import ACTIVATIONS, BINARY, CREATION, IDENTITY, JOINS, LAYOUT, MATMUL, NORMS, POOLS, SLOTS, WEIGHTED
+from fewbits.graph.ops import (
+    ACTIVATIONS,
+    BINARY,
+    CREATION,
+    IDENTITY,
+    JOINS,
+    LAYOUT,
+    MATMUL,
+    NORMS,
+    POOLS,
+    SLOTS,
+    WEIGHTED,
+)
 from fewbits.graph.types import Call, Graph, Ref
 
 #: Elementwise ops between a query-key product and its softmax (scaling, masks, biases, soft caps).
-TOWARDS_SOFTMAX = frozenset("mul div add sub masked_fill where tanh clamp setitem max maximum".split()) | LAYOUT | IDENTITY
+TOWARDS_SOFTMAX = (
+    frozenset("mul div add sub masked_fill where tanh clamp setitem max maximum".split()) | LAYOUT | IDENTITY
+)
 #: Ops through which a value keeps its distribution for the purpose of tags.
 SAME = LAYOUT | IDENTITY | {"masked_fill", "pad"}
 #: Ops whose outputs are elementwise functions of their operands, rather than new features.
@@ -27,7 +43,9 @@ _ZEROS = frozenset("zeros zeros_like new_zeros".split())
 
 
 class Flow:
-    """The data flow of one graph. Values are *active* if they depend on a weighted op's output or on a floating-point input."""
+    """The data flow of one graph. Values are *active* if they depend on a weighted op's output or on a floating-
+    point input.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -41,7 +59,11 @@ class Flow:
                 self.active.update(out for out in call.outputs if graph.values[out].dtype.is_floating_point)
         self.deep: set[int] = set()  # active values that depend on a weighted op's output
         for call in graph.calls:
-            if call.op in WEIGHTED or self.weight_operand(call) or any(value in self.deep for value in self.reads[call.index]):
+            if (
+                call.op in WEIGHTED
+                or self.weight_operand(call)
+                or any(value in self.deep for value in self.reads[call.index])
+            ):
                 self.deep.update(out for out in call.outputs if out in self.active)
         self._sources: dict[int, frozenset[int]] = {}
 
@@ -92,7 +114,9 @@ class Flow:
 
     # -- weights -----------------------------------------------------------------------------------------------------
     def weight_operand(self, call: Call) -> tuple[str, Ref, Ref] | None:
-        """For a product with (something laid out from) a parameter: the operand's slot, its ref and the other operand's."""
+        """For a product with (something laid out from) a parameter: the operand's slot, its ref and the other
+        operand's.
+        """
         if call.op not in MATMUL:
             return None
         if call.index not in self._weights:
@@ -108,7 +132,12 @@ class Flow:
             root = value
             while root.call is not None and root.param is not None:
                 root = self.graph.values[self.reads[root.call][0]]
-            if value.param is not None and root.kind == "parameter" and len(value.shape) >= 2 and rest.value in self.active:
+            if (
+                value.param is not None
+                and root.kind == "parameter"
+                and len(value.shape) >= 2
+                and rest.value in self.active
+            ):
                 return slot, ref, rest
         return None
 
@@ -151,7 +180,9 @@ class Flow:
         return len(reads) == 2 and reads[0] != reads[1] and all(value in self.active for value in reads)
 
     def is_norm_core(self, call: Call) -> bool:
-        """`x * rsqrt(statistic of x)` or `x / sqrt(statistic of x)`: a normalisation written out, before its affine part."""
+        """`x * rsqrt(statistic of x)` or `x / sqrt(statistic of x)`: a normalisation written out, before its
+        affine part.
+        """
         if call.op not in ("mul", "div") or not self.two_active(call):
             return False
         reads = self.reads[call.index]
@@ -171,7 +202,9 @@ class Flow:
         return False
 
     def is_functional_norm(self, call: Call) -> bool:
-        """A normalisation written out: its product with a weight that is no activation, or itself where it has no weight."""
+        """A normalisation written out: its product with a weight that is no activation, or itself where it has no
+        weight.
+        """
         if call.op == "mul" and not self.two_active(call):
             inner = self._normalised(call)
             return inner is not None and self.is_norm_core(inner)
@@ -218,8 +251,8 @@ class Flow:
     def is_residual(self, call: Call) -> bool:
         """Whether an addition joins a branch with what it branched off from.
 
-        Not so: rotary embeddings and activations written out (both operands elementwise in one tensor), sums of embeddings, and
-        biases on their way to a softmax, and outputs of several heads averaged at the end.
+        Not so: rotary embeddings and activations written out (both operands elementwise in one tensor), sums of
+        embeddings, and biases on their way to a softmax, and outputs of several heads averaged at the end.
         """
         if call.op != "add" or len(self.reads[call.index]) != 2:
             return False
@@ -245,7 +278,8 @@ class Flow:
     def leading(self) -> set[int]:
         """Activations from which a weighted op, an attention product or a norm is still to come.
 
-        Of an op that is not known only the first operand counts: the others say where to look (boxes, grids), not what is seen.
+        Of an op that is not known only the first operand counts: the others say where to look (boxes, grids), not
+        what is seen.
         """
         found: set[int] = set()
         for call in reversed(self.graph.calls):
@@ -257,9 +291,11 @@ class Flow:
         return found
 
     def is_inside(self, call: Call) -> bool:
-        """Whether a call belongs to the network rather than to what prepares its inputs or makes something of its outputs.
+        """Whether a call belongs to the network rather than to what prepares its inputs or makes something of its
+        outputs.
 
-        Preparation depends on no weighted op yet. What comes after the last layer counts only where it directly takes its output.
+        Preparation depends on no weighted op yet. What comes after the last layer counts only where it directly takes
+        its output.
         """
         reads = self.reads[call.index]
         joins = call.op in (*BINARY, *JOINS, *POOLS)
@@ -321,7 +357,9 @@ class Flow:
         return any(reader.op == "softmax" for reader, _ in self.reached(call.outputs[0], TOWARDS_SOFTMAX))
 
     def is_cache_write(self, call: Call) -> bool:
-        """Whether a concatenation or indexed write joins new keys or values to stored ones, on the way to an attention product."""
+        """Whether a concatenation or indexed write joins new keys or values to stored ones, on the way to an
+        attention product.
+        """
         if call.op not in ("cat", "index_copy"):
             return False
         reads = self.reads[call.index]

@@ -1,9 +1,8 @@
 """Channel labels: which elements of which values must be scaled together.
-
-Every output channel of every parameter that can be scaled gets a fresh integer label; a value carries an int64 label tensor of its own
-shape. Two labels are special: FIXED (no free scale) and WILD (the element is exactly zero, so any scale fits). A union-find joins
-labels that must share a scale; a class of labels may be blocked, with the reasons kept, and may carry tags.
-Label tensors stay small: dimensions along which labels do not vary have stride 0.
+ Every output channel of every parameter that can be scaled gets a fresh integer label; a value carries an int64 label
+tensor of its own shape. Two labels are special: FIXED (no free scale) and WILD (the element is exactly zero, so any
+scale fits). A union-find joins labels that must share a scale; a class of labels may be blocked, with the reasons
+kept, and may carry tags. Label tensors stay small: dimensions along which labels do not vary have stride 0.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Labels:
         return self.find(labels.reshape(-1).numpy())
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
-        """Join labels position by position (tensors that broadcast). A label that meets FIXED is blocked; WILD meets anything."""
+        """Join labels position by position (tensors that broadcast). Meeting FIXED blocks a label; WILD meets anything."""
         first, second = _pairs(a, b)
         live_first, live_second = first >= FIRST, second >= FIRST
         self.block_classes(first[live_first & (second == FIXED)], reason)
@@ -77,6 +76,11 @@ class Labels:
                 self.unite(labels, kept.expand_as(labels), reason)
             labels = kept
         return labels
+
+    def settled(self, labels: Tensor) -> Tensor:
+        """Each label replaced by its class, in as little memory as that allows."""
+        small = base(labels)
+        return compact(torch.from_numpy(self.find(small.reshape(-1).numpy())).view(small.shape).expand(labels.shape))
 
     # -- marks on classes --------------------------------------------------------------------------------------------
     def mark(self, kind: str, name: str, labels: Tensor | None) -> None:

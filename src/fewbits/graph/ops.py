@@ -1,7 +1,8 @@
 """The canonical op table: which torch calls fewbits knows by name, and the roles of their operands.
 
-A call is recognised by the `__name__` of the overridable function (`torch.matmul`, `Tensor.__matmul__` and `torch.bmm` are all
-`matmul`). Everything else in `graph` speaks in these names. One row per op; adding an op means adding a row and a test.
+A call is recognised by the `__name__` of the overridable function (`torch.matmul`, `Tensor.__matmul__` and
+`torch.bmm` are all `matmul`). Everything else in `graph` speaks in these names. One row per op; adding an op means
+adding a row and a test.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ CREATION = frozenset(
     "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full new_tensor "
     "new_empty_strided shape size".split()
 )
-#: Elementwise and counting ops that read parameters (biases, tables, layer scales) without being products with a weight.
+#: Elementwise and counting ops that read parameters (biases, tables, layer scales) without being products with a
+#: weight.
 PLAIN_READERS = frozenset(
     "add sub rsub mul div rdiv neg pow rpow where cat stack masked_fill copy lerp addcmul sum mean norm vector_norm abs max min amax amin "
     "argmax sort topk exp log sqrt rsqrt maximum minimum clamp eq ne lt le gt ge isnan isinf isfinite any all setitem allclose equal index_select "
@@ -71,7 +73,17 @@ PLAIN_READERS = frozenset(
 #: Calls that hide several sites; `decompose` opens them.
 COMPOSITES = ("scaled_dot_product_attention", "multi_head_attention_forward", "einsum")
 #: Calls that hide weights and that nothing here opens: reported by name, never skipped in silence.
-OPAQUE = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "flex_attention", "bilinear", "multi_head_attention")
+OPAQUE = (
+    "lstm",
+    "gru",
+    "rnn_tanh",
+    "rnn_relu",
+    "lstm_cell",
+    "gru_cell",
+    "flex_attention",
+    "bilinear",
+    "multi_head_attention",
+)
 
 #: Every op that is counted and may carry sites, with its tensor slots.
 SLOTS: dict[str, tuple[tuple[str, int], ...]] = {
@@ -84,7 +96,7 @@ SLOTS: dict[str, tuple[tuple[str, int], ...]] = {
     "cat": (),
     "stack": (),
     "index_copy": (("source", 3),),
-    **{name: (("input", 0),) for name in (*ACTIVATIONS, *POOLS)},
+    **dict.fromkeys((*ACTIVATIONS, *POOLS), (("input", 0),)),
 }
 #: Keyword names under which torch passes a slot, where they differ from ours.
 KEYWORDS: dict[str, tuple[str, ...]] = {
@@ -169,7 +181,9 @@ def bind(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, An
     return bound
 
 
-def rebind(op: str, args: tuple[Any, ...], kwargs: dict[str, Any], new: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def rebind(
+    op: str, args: tuple[Any, ...], kwargs: dict[str, Any], new: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call's args and kwargs with the slots in `new` replaced."""
     out_args, out_kwargs = list(args), dict(kwargs)
     for slot, position in SLOTS[op]:

@@ -1,8 +1,7 @@
 """Whether a relation holds, found by trying: in float64, at the outputs of its consumers, with a control.
-
-A right relation changes nothing; a wrong one changes something; a relation the data never exercised changes nothing either. Only
-the first is proved, so producers are also scaled alone: what does not move then was not exercised. The numbers say nothing about
-parameters that did not run; those are known from the record (`Relation.uncovered`).
+ A right relation changes nothing; a wrong one changes something; a relation the data never exercised changes nothing
+either. Only the first is proved, so producers are also scaled alone: what does not move then was not exercised. The
+numbers say nothing about parameters that did not run; those are known from the record (`Relation.uncovered`).
 """
 
 from __future__ import annotations
@@ -32,8 +31,9 @@ MOVED = 1e3
 
 @dataclass(frozen=True)
 class Verdict:
-    """`error`: largest relative change at the consumers under the whole change; `control`: smallest change over the consumers when
-    only the producers are scaled; `threshold`: what `error` was held against; `reason`: why, where not proved."""
+    """`error`: largest relative change at the consumers under the whole change; `control`: smallest change over the
+    consumers when only the producers are scaled; `threshold`: what `error` was held against; `reason`: why, where not
+    proved."""
 
     relation: str
     verdict: str  # "proved" | "refuted" | "not exercised"
@@ -51,8 +51,8 @@ def prove(
 ) -> Verdict:
     """Try one relation on one input. The model is left as it was.
 
-    Only the smallest submodule that contains all ends is copied to float64 and run, on the inputs it had. Raises `FewbitsError` for a
-    relation that is blocked (replace the op first).
+    Only the smallest submodule that contains all ends is copied to float64 and run, on the inputs it had. Raises
+    `FewbitsError` for a relation that is blocked (replace the op first).
     """
     return prove_all(model, graph, [relation], args, kwargs)[0]
 
@@ -140,7 +140,14 @@ class _Trial:
         whole = changed("both")
         errors = {call: _distance(self.before, whole, [call]) for call in self.before if call not in relation.moves}
         if not errors:
-            return Verdict(relation.name, "not exercised", math.nan, math.nan, threshold, "every output near its ends moves with it")
+            return Verdict(
+                relation.name,
+                "not exercised",
+                math.nan,
+                math.nan,
+                threshold,
+                "every output near its ends moves with it",
+            )
         error = max(errors.values())
         if not error <= threshold:
             path, op, _ = max(errors, key=errors.__getitem__)
@@ -289,7 +296,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 def _double(tree: Any, made: dict[int, Any] | None = None) -> Any:
-    """Every floating tensor in float64, in containers and in objects (caches, image lists) alike; what was one tensor stays one."""
+    """Every floating tensor in float64, in containers and objects (caches, image lists); what was one tensor stays one."""
     made = {} if made is None else made
     if isinstance(tree, Tensor):
         if not tree.is_floating_point():

@@ -1,7 +1,6 @@
 """Channel labels carried through a recorded forward: about fifteen rules, and layout ops run on the labels themselves.
-
-`propagate(graph)` gives every parameter element that could be scaled a label, joins labels that must share a scale, and blocks
-those that reach something no scale passes. What it finds is read off by `relations`.
+ `propagate(graph)` gives every parameter element that could be scaled a label, joins labels that must share a scale,
+and blocks those that reach something no scale passes. What it finds is read off by `relations`.
 """
 
 from __future__ import annotations
@@ -83,6 +82,7 @@ class Propagation:
         self._by_param: dict[str, list[Slot]] = {}
         self._views: dict[int, tuple[View | None, Tensor | None]] = {}
         self._clashes: list[tuple[Slot, Slot]] = []
+        self._aliased: set[int] = set()  # calls that write where something reads through an alias
 
     # -- reading a call ----------------------------------------------------------------------------------------------
     def get(self, arg: Any) -> Tensor | None:
@@ -142,7 +142,7 @@ class Propagation:
             except (RuntimeError, TypeError, IndexError, NotImplementedError):
                 operand = None
             if operand is not None and (operand is source or operand._is_view()):
-                known = ((tuple(operand.shape), tuple(operand.stride()), operand.storage_offset()), None)
+                known = ((tuple(operand.shape), tuple(operand.stride()), int(operand.storage_offset())), None)
             else:
                 known = (None, self.graph.index_of(arg.value, root.shape))
             self._views[arg.value] = known
@@ -233,8 +233,8 @@ class Propagation:
         if slot is None:
             inputs = self.labels.fresh(stack * ins) if ins else None
             slot = Slot(
-                self._names.get(call.index, call.module), call.op, name, view, index, layout, groups, self.labels.fresh(stack * outs),
-                inputs, root.shape, call.index,
+                self._names.get(call.index, call.module), call.op, name, view, index, layout, groups,
+                self.labels.fresh(stack * outs), inputs, root.shape, call.index,
             )  # fmt: skip
             for other in self._by_param.setdefault(name, []):
                 if _overlap(slot, other):
@@ -291,7 +291,7 @@ class Propagation:
         return self
 
     def _refuse_aliases(self) -> None:
-        """Values read through an alias of a tensor that was written in place have no labels; block what was written there."""
+        """Values read through an alias of what was written in place have no labels; block what was written there."""
         graph = self.graph
         roots: dict[int, int] = {}
         for call in graph.calls:
@@ -299,16 +299,13 @@ class Propagation:
             for out in call.outputs:
                 same = first is not None and (call.inplace or call.op in LAYOUT)
                 roots[out] = roots.get(first.value, first.value) if same and first is not None else out
-        bad = set()
+        bad: set[int] = set()
         for value in graph.values:
             if value.aliased and value.call is not None:
                 bad.update(roots.get(out, out) for out in graph.calls[value.call].outputs)
-        if bad:
-            self._aliased = {
-                call.index for call in graph.calls if call.inplace and any(roots.get(o, o) in bad for o in call.outputs)
-            }
-        else:
-            self._aliased = set()
+        for call in graph.calls:
+            if bad and call.inplace and any(roots.get(out, out) in bad for out in call.outputs):
+                self._aliased.add(call.index)
 
     def run_layout(self, call: Call, fill_with: Callable[[Ref], Tensor | None] | None = None) -> None:
         """Run the call itself on label tensors. Integer operands are the recorded index tables."""
@@ -463,7 +460,8 @@ def _sum(p: Propagation, call: Call, a: Any, b: Any) -> None:
         return
     reason = f"{call.op} of a fixed value"
     p.labels.unite(first, second, reason)
-    out = compact(merged(first, second))
+    # now that they are joined, positions of a channel share a class: back to one label per channel
+    out = p.labels.settled(merged(first, second))
     for side, other in ((first, second), (second, first)):
         if is_live(side) and bool((other != WILD).any()):
             p.forbid(side, "shift")
@@ -602,7 +600,7 @@ def _reduced(p: Propagation, call: Call) -> None:
     if labels is None or not labels.numel():
         return
     dims = _arg(call, 1, "dim", "axis")
-    if dims is None or isinstance(dims, (list, tuple)) and not dims:
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
         dims = tuple(range(labels.dim()))
     dims = (dims,) if isinstance(dims, int) else tuple(dims)
     dims = tuple(dim % labels.dim() for dim in dims)
@@ -885,22 +883,22 @@ _SHAPE_ONLY = (
     "one_hot",
 )
 RULES: dict[str, Rule] = {
-    **{name: _layout for name in LAYOUT - CASTS},
-    **{name: _layout for name in ("cat", "stack", "index_select", "gather", "take_along_dim", "unfold", "contiguous")},
-    **{name: _same for name in (CASTS - {"contiguous"}) | IDENTITY},
-    **{name: _zeros for name in ("zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty")},
-    **{name: _filled for name in ("full", "full_like", "new_full", "fill", "zero")},
-    **{name: _no_labels for name in _SHAPE_ONLY},
-    **{name: _add for name in ("add", "sub", "rsub")},
-    **{name: _mul for name in ("mul", "div", "rdiv")},
-    **{name: _relu for name in ("relu", "leaky_relu", "prelu")},
-    **{name: _bounded for name in REPLACEABLE},
+    **dict.fromkeys(LAYOUT - CASTS, _layout),
+    **dict.fromkeys(("cat", "stack", "index_select", "gather", "take_along_dim", "unfold", "contiguous"), _layout),
+    **dict.fromkeys((CASTS - {"contiguous"}) | IDENTITY, _same),
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty"), _zeros),
+    **dict.fromkeys(("full", "full_like", "new_full", "fill", "zero"), _filled),
+    **dict.fromkeys(_SHAPE_ONLY, _no_labels),
+    **dict.fromkeys(("add", "sub", "rsub"), _add),
+    **dict.fromkeys(("mul", "div", "rdiv"), _mul),
+    **dict.fromkeys(("relu", "leaky_relu", "prelu"), _relu),
+    **dict.fromkeys(REPLACEABLE, _bounded),
     **{f"{kind}_pool{n}d": _positional for n in (1, 2, 3) for kind in ("max", "avg", "adaptive_avg", "adaptive_max")},
-    **{name: _positional for name in ("interpolate", "roi_align")},
-    **{name: _reduced for name in ("mean", "sum", "amax")},
+    **dict.fromkeys(("interpolate", "roi_align"), _positional),
+    **dict.fromkeys(("mean", "sum", "amax"), _reduced),
     **{f"conv{kind}{n}d": _conv for n in (1, 2, 3) for kind in ("", "_transpose")},
-    **{name: _norm for name in ("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm")},
-    **{name: _matmul for name in ("matmul", "baddbmm")},
+    **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"), _norm),
+    **dict.fromkeys(("matmul", "baddbmm"), _matmul),
     "setitem": _setitem,
     "copy": _copy,
     "where": _where,

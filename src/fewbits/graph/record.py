@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import enum
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,8 +27,8 @@ KEEP_ELEMENTS = 1 << 22
 def record(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     """Run `model(*args, **kwargs)` once, in evaluation mode without gradients, and return its `Graph`.
 
-    The batch should be small: every intermediate tensor is held until the forward ends. Raises `FewbitsError` where a submodule
-    cannot be watched (a scripted module) or the forward itself fails.
+    The batch should be small: every intermediate tensor is held until the forward ends. Raises `FewbitsError` where a
+    submodule cannot be watched (a scripted module) or the forward itself fails.
     """
     recorder = _Recorder(model)
     modes = {module: module.training for module in model.modules()}
@@ -34,26 +37,54 @@ def record(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
         recorder.install(model)
     except RuntimeError as error:
         recorder.remove()
-        scripted = [name or "the model itself" for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
-        place = f"{type(model).__name__}: {scripted[0]} is scripted" if scripted else f"{type(model).__name__} has a submodule"
+        scripted = [
+            name or "the model itself"
+            for name, module in model.named_modules()
+            if isinstance(module, torch.jit.ScriptModule)
+        ]
+        place = (
+            f"{type(model).__name__}: {scripted[0]} is scripted"
+            if scripted
+            else f"{type(model).__name__} has a submodule"
+        )
         raise FewbitsError(f"{place} and cannot be watched; load the model unscripted ({error})") from error
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _eager():
             recorder.inputs((args, kwargs))
             output = model(*args, **kwargs)
             graph = recorder.finish(output)
     except FewbitsError:
         raise
     except Exception as error:
-        raise FewbitsError(f"{type(model).__name__} cannot run forward on the given inputs: {type(error).__name__}: {error}") from error
+        raise FewbitsError(
+            f"{type(model).__name__} cannot run forward on the given inputs: {type(error).__name__}: {error}"
+        ) from error
     finally:
         recorder.remove()
         for module, training in modes.items():
             module.training = training
     graph.tied = _tied_names(model)
-    graph.sites = find_sites(graph, {clean(name): tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)})
+    graph.sites = find_sites(
+        graph, {clean(name): tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    )
     tag_positions(graph, graph.sites)
     return graph
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled functions run eagerly, so that their calls are seen (where the compiler is not even loaded there
+    are none).
+    """
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        flex = sys.modules.get("torch.nn.attention.flex_attention")
+        flag = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+        if flex is not None and hasattr(flex, flag):  # it compiles itself, whatever the stance
+            stack.callback(setattr, flex, flag, getattr(flex, flag))
+            setattr(flex, flag, True)
+        yield
 
 
 class _NoteInputs:
@@ -138,9 +169,16 @@ class _Recorder(Tracer):
         )
 
     # -- values ------------------------------------------------------------------------------------------------------
-    def _new(self, tensor: Tensor, kind: str, call: int | None = None, param: str | None = None, aliased: bool = False) -> int:
+    def _new(
+        self, tensor: Tensor, kind: str, call: int | None = None, param: str | None = None, aliased: bool = False
+    ) -> int:
         data = None
-        if not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() <= KEEP_ELEMENTS and not tensor.is_meta:
+        if (
+            not tensor.is_floating_point()
+            and not tensor.is_complex()
+            and tensor.numel() <= KEEP_ELEMENTS
+            and not tensor.is_meta
+        ):
             data = tensor.detach()
         value = Value(len(self.values), tuple(tensor.shape), tensor.dtype, call, kind, param, aliased, data)
         self.values.append(value)
@@ -154,7 +192,9 @@ class _Recorder(Tracer):
                 self._input_ids.append(self._new(leaf, "input"))
 
     def _resolve(self, tensor: Tensor) -> tuple[str, str] | None:
-        """The parameter's or buffer's name, looked up in the running modules first (offloading replaces parameter objects)."""
+        """The parameter's or buffer's name, looked up in the running modules first (offloading replaces parameter
+        objects).
+        """
         for frame in reversed(self.stack):
             children = ((f"{name}.", child) for name, child in frame.module.named_children())
             for prefix, module in (("", frame.module), *children):  # a module may read its children's parameters itself
@@ -210,7 +250,17 @@ class _Recorder(Tracer):
             self.closed(op)
         self.calls.append(
             Call(
-                index, op, func, refs[0], refs[1], outputs, frame.path if frame else "", key, frame.use if frame else 0, bound, inplace
+                index,
+                op,
+                func,
+                refs[0],
+                refs[1],
+                outputs,
+                frame.path if frame else "",
+                key,
+                frame.use if frame else 0,
+                bound,
+                inplace,
             )
         )
         return output
@@ -256,11 +306,27 @@ class _Recorder(Tracer):
 
 
 #: What may stand in a unit's arguments besides tensors and containers.
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, torch.dtype, torch.device, torch.Size, enum.Enum, np.generic)
+_PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    slice,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    enum.Enum,
+    np.generic,
+)
 
 
 def flatten_plain(tree: Any) -> tuple[list[Tensor], list[tuple[str, Any]]]:
-    """The tensors in plain containers (list, tuple, dict and their subclasses), and (place, object) of everything else."""
+    """The tensors in plain containers (list, tuple, dict and their subclasses), and (place, object) of everything
+    else.
+    """
     tensors: list[Tensor] = []
     objects: list[tuple[str, Any]] = []
 
@@ -324,7 +390,8 @@ def _is_plain_container(module: nn.Module) -> bool:
 def _tied_names(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     return {
-        clean(name): clean(first.setdefault(id(param), name)) for name, param in model.named_parameters(remove_duplicate=False)
+        clean(name): clean(first.setdefault(id(param), name))
+        for name, param in model.named_parameters(remove_duplicate=False)
     }
 
 

@@ -1,8 +1,7 @@
 """Relations: sets of parameters whose channels may be changed together without changing the function.
-
-A relation says: multiply these producers' channels by s and divide those consumers' channels by s, and nothing else of the model
-notices. They are read off the channel labels of `propagate`; no architecture is named anywhere. Which other changes a relation
-permits (shift, permutation, rotation) follows from what its channels pass on the way.
+ A relation says: multiply these producers' channels by s and divide those consumers' channels by s, and nothing else
+of the model notices. They are read off the channel labels of `propagate`; no architecture is named anywhere. Which
+other changes a relation permits (shift, permutation, rotation) follows from what its channels pass on the way.
 """
 
 from __future__ import annotations
@@ -33,11 +32,12 @@ _NORM_OPS = ("layer_norm", "rms_norm", "group_norm", "instance_norm")
 class End:
     """One side of one parameter in a relation.
 
-    `axis`: "out" (rows of a weight and the bias), "in" (columns), "affine" (a vector that multiplies: norm weights, layer scale; the
-    forward uses offset + parameter), "vector" (a vector that is added). `channel_of` (int64, one entry per row, column or
-    element of the operand) is the relation's channel number, -1 where that row takes no part. `layout` and `groups` are those of
-    `operands.canonical` ("vector" for vectors); `view` places the operand in its contiguous parameter as (size, stride, offset),
-    `index` by element numbers where the forward copies. Row r adds element `bias_index[r]` of `bias`.
+    `axis`: "out" (rows of a weight and the bias), "in" (columns), "affine" (a vector that multiplies: norm weights,
+    layer scale; the forward uses offset + parameter), "vector" (a vector that is added). `channel_of` (int64, one
+    entry per row, column or element of the operand) is the relation's channel number, -1 where that row takes no
+    part. `layout` and `groups` are those of `operands.canonical` ("vector" for vectors); `view` places the operand in
+    its contiguous parameter as (size, stride, offset), `index` by element numbers where the forward copies. Row r
+    adds element `bias_index[r]` of `bias`.
     """
 
     site: str
@@ -65,9 +65,10 @@ class End:
 class Relation:
     """Channels that producers make and consumers read, and nothing else does.
 
-    `size` channels. `blocked_by`: ops that must be replaced first (only in `would_be_relations`). `uncovered`: parameters that the
-    recorded forward used in part only, or modules beside the ends that never ran: the relation may be incomplete. `moves`: calls whose
-    outputs a change shows in; `meets`: calls that read the channels, whose outputs stay (a pair's products of queries and keys).
+    `size` channels. `blocked_by`: ops that must be replaced first (only in `would_be_relations`). `uncovered`:
+    parameters that the recorded forward used in part only, or modules beside the ends that never ran: the relation
+    may be incomplete. `moves`: calls whose outputs a change shows in; `meets`: calls that read the channels, whose
+    outputs stay (a pair's products of queries and keys).
     """
 
     name: str
@@ -87,7 +88,7 @@ class Relation:
 
     @property
     def kind(self) -> str:
-        """What is related, in short: "norm->linear", "v->o", "up->down", "conv->conv", "linear->linear", "query-key"..."""
+        """What is related: "norm->linear", "v->o", "up->down", "conv->conv", "linear->linear", "query-key", ..."""
         if "query_key" in self.tags:
             return "query-key"
         first, last = _kind_of(self.producers), _kind_of(self.consumers)
@@ -108,12 +109,13 @@ def find_relations(graph: Graph) -> list[Relation]:
 
 
 def would_be_relations(graph: Graph, ops: Iterable[str] = REPLACEABLE) -> list[Relation]:
-    """Relations that hold once the named ops (default: ReLU6 and bounded ReLUs) are replaced; see `Relation.blocked_by`."""
+    """Relations that hold once the named ops (default: ReLU6 and bounded ReLUs) are replaced (`Relation.blocked_by`)."""
     return _Reader(graph).relations(frozenset(ops))
 
 
 def query_key_pairs(graph: Graph) -> list[Relation]:
-    """Inverse pairs of attention: the producers of queries times s leave the products unchanged if those of keys are divided by s.
+    """Inverse pairs of attention: the producers of queries times s leave the products unchanged if those of keys are
+    divided by s.
 
     `producers` are the ends on the query side, `consumers` those on the key side (ends of axis "out" all the same).
     """
@@ -137,8 +139,8 @@ def _kind_of(ends: tuple[End, ...]) -> str:
 _OP_KIND = {
     **{f"conv{t}{n}d": "conv" for t in ("", "_transpose") for n in (1, 2, 3)},
     "batch_norm": "conv",  # folds into the convolution before it
-    **{name: "linear" for name in ("linear", "addmm", "matmul", "grouped_mm")},
-    **{name: "norm" for name in _NORM_OPS},
+    **dict.fromkeys(("linear", "addmm", "matmul", "grouped_mm"), "linear"),
+    **dict.fromkeys(_NORM_OPS, "norm"),
     "mul": "layer scale",
 }
 
@@ -237,8 +239,8 @@ class _Reader:
         for classes, members in self._groups(keep, component):
             mine = np.zeros(n, dtype=bool)
             mine[classes] = True
-            queries, keys = ([m for m in members if (mine & side)[m.classes].any()] for side in (on_query, on_key))
-            if queries and keys:
+            askers, answerers = ([m for m in members if (mine & side)[m.classes].any()] for side in (on_query, on_key))
+            if askers and answerers:
                 numbers = np.unique(component[classes])
                 channel = np.full(n, -1, dtype=np.int64)
                 channel[classes] = np.searchsorted(numbers, component[classes])
@@ -371,7 +373,7 @@ def _named(relations: list[Relation]) -> list[Relation]:
 
 
 def _members(p: Propagation) -> list[_Member]:
-    """Every side of every parameter. A bias belongs to the weight or norm that adds it, or stands as a vector of its own."""
+    """Every side of every parameter. A bias belongs to the weight or norm that adds it, or stands on its own."""
     members: list[_Member] = []
     claimed: dict[str, Tensor] = {}
 
@@ -438,10 +440,11 @@ def _vector_end(vector: Vector, bias: str | None, bias_index: Tensor | None) -> 
 
 
 def _extend_stacks(p: Propagation) -> list[str]:
-    """Join the members of a stack of weights (experts) that did not run with those that did; return what stays in part unseen.
+    """Join the members of a stack of weights (experts) that did not run with those that did; return what stays in
+    part unseen.
 
-    A side that all members seen share (they all read the same channels, or all add to the same ones) is shared by the unseen too. One
-    member alone cannot tell.
+    A side that all members seen share (they all read the same channels, or all add to the same ones) is shared by the
+    unseen too. One member alone cannot tell.
     """
     partial: list[str] = []
     seen_in: dict[str, int] = {}

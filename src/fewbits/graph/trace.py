@@ -1,8 +1,9 @@
 """Watching a running model: which module is executing, which op of it this is, and a mode that sees every torch call.
 
-`Tracer` hooks every module so that the innermost running module is known, and enters a `TorchFunctionMode` whenever the
-outermost hooked module starts. Recording and simulation are subclasses that differ only in `handle`. Because the mode is entered by
-whichever hooked module runs first, a unit run alone, a checkpoint's recomputation and another thread are all covered.
+`Tracer` hooks every module so that the innermost running module is known, and enters a `TorchFunctionMode` whenever
+the outermost hooked module starts. Recording and simulation are subclasses that differ only in `handle`. Because the
+mode is entered by whichever hooked module runs first, a unit run alone, a checkpoint's recomputation and another
+thread are all covered.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Frame:
     `part` is the slice of a parameter stack (an expert) that the module is working on, None outside of such loops.
     """
 
-    __slots__ = ("path", "module", "counts", "use", "part")
+    __slots__ = ("counts", "module", "part", "path", "use")
 
     def __init__(self, path: str, module: nn.Module, use: int = 0) -> None:
         self.path = path
@@ -152,7 +153,9 @@ class Tracer:
         """A module ends (also by an exception)."""
 
     # -- calls -------------------------------------------------------------------------------------------------------
-    def dispatch(self, mode: TorchFunctionMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def dispatch(
+        self, mode: TorchFunctionMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         op = canonical(func)
         if op in decompose.RULES and self.opens(op):
             if decompose.can_open(op, args, kwargs):
@@ -194,7 +197,9 @@ class Tracer:
 def _both_floating(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether both operands are floating-point tensors: index arithmetic must not shift the numbering."""
     operands = [*args[:2], *(kwargs[k] for k in ("input", "other") if k in kwargs)]
-    return len(operands) >= 2 and all(isinstance(x, torch.Tensor) and x.dim() > 0 and x.is_floating_point() for x in operands[:2])
+    return len(operands) >= 2 and all(
+        isinstance(x, torch.Tensor) and x.dim() > 0 and x.is_floating_point() for x in operands[:2]
+    )
 
 
 #: Ops that may read one slice of a parameter stack, and the slots to look at.
@@ -204,8 +209,8 @@ _SLICED = {"linear": ("weight",), "addmm": ("weight",), "matmul": ("rhs", "lhs")
 def _stack_slice(module: nn.Module, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, int] | None:
     """(parameter, index) where a call reads one matrix out of a 3-D parameter of the running module.
 
-    Which slices run, and in which order, depends on the data (routing), so such calls are numbered by slice. The slice is found by
-    its place in the parameter's storage, whatever views lie between.
+    Which slices run, and in which order, depends on the data (routing), so such calls are numbered by slice. The
+    slice is found by its place in the parameter's storage, whatever views lie between.
     """
     for name, param in module._parameters.items():
         if param is None or param.dim() != 3:
@@ -213,7 +218,11 @@ def _stack_slice(module: nn.Module, op: str, args: tuple[Any, ...], kwargs: dict
         bound = bind(op, args, kwargs)
         for slot in _SLICED[op]:
             weight = bound.get(slot)
-            if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.numel() * param.shape[0] != param.numel():
+            if (
+                not isinstance(weight, torch.Tensor)
+                or weight.dim() != 2
+                or weight.numel() * param.shape[0] != param.numel()
+            ):
                 continue
             if weight.untyped_storage()._cdata == param.untyped_storage()._cdata:
                 return name, (weight.storage_offset() - param.storage_offset()) // param.stride(0)

@@ -1,9 +1,12 @@
-"""What `fewbits inspect` shows: units with their sites, relations, and what could not be seen, as a tree or as plain data."""
+"""What `fewbits inspect` shows: units with their sites, relations, and what could not be seen, as a tree or as
+plain data.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from rich.markup import escape
@@ -130,10 +133,8 @@ def _add_unit(tree: Tree, graph: Graph, unit: Unit, model: nn.Module | None) -> 
     if unit.uses > 1:
         line += f", runs {unit.uses} times"
     if model is not None:
-        try:
+        with suppress(AttributeError):  # a wrapped model: its module paths carry a prefix
             line += f", {_count(sum(p.numel() for p in model.get_submodule(unit.name).parameters()))} parameters"
-        except AttributeError:
-            pass  # a wrapped model: its module paths carry a prefix
     _add_sites(tree.add(line), sites, unit.name)
 
 

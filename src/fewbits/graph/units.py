@@ -1,9 +1,10 @@
 """Which modules are processed at once: a rule without class names, and what each unit needs from the ones before it.
 
-A module *weighs* the number of distinct weight parameters that linear, convolution and product calls read under it. A *stage* is a
-module that runs several children of one class, each of weight two or more, one after another. Stages, plain containers and
-everything that holds a stage are opened from the root downward; what is then left with a weight of two or more is a unit, and a
-single left-over weighted op becomes a unit with the norms and activations that its module holds.
+A module *weighs* the number of distinct weight parameters that linear, convolution and product calls read under it. A
+*stage* is a module that runs several children of one class, each of weight two or more, one after another. Stages,
+plain containers and everything that holds a stage are opened from the root downward; what is then left with a weight
+of two or more is a unit, and a single left-over weighted op becomes a unit with the norms and activations that its
+module holds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from fewbits.errors import FewbitsError
 from fewbits.graph.ops import ACTIVATIONS, NORMS
@@ -29,10 +31,11 @@ _KEEPS_FIRST = frozenset(
 def find_units(graph: Graph, pattern: str | Iterable[str] | None = None, *, embeddings: bool = False) -> list[Unit]:
     """The units of a recorded forward, disjoint, in the order of their first call.
 
-    `pattern` (one glob or several; `*` stays within one path segment, `**` does not) makes the modules it matches units; the
-    rest of the model follows the default rule. `embeddings` counts lookup tables as weighted ops. Fills `graph.unowned` with
-    weighted calls that lie in no unit and `graph.opened` with modules that could not be units, and why. Raises `FewbitsError`
-    where a pattern matches no module that ran, or one that cannot be run again from its recorded inputs.
+    `pattern` (one glob or several; `*` stays within one path segment, `**` does not) makes the modules it matches
+    units; the rest of the model follows the default rule. `embeddings` counts lookup tables as weighted ops. Fills
+    `graph.unowned` with weighted calls that lie in no unit and `graph.opened` with modules that could not be units,
+    and why. Raises `FewbitsError` where a pattern matches no module that ran, or one that cannot be run again from
+    its recorded inputs.
     """
     return _Finder(graph, embeddings).find([pattern] if isinstance(pattern, str) else list(pattern or ()))
 
@@ -152,7 +155,7 @@ class _Finder:
     def _serial(self, group: list[_Node]) -> bool:
         """Whether some child reads what the one before it made."""
         ordered = sorted(((node.all_calls(), node) for node in group), key=lambda pair: pair[0][0])
-        return any(self._feeds(first, second) for (first, _), (second, _) in zip(ordered, ordered[1:], strict=False))
+        return any(self._feeds(first, second) for (first, _), (second, _) in pairwise(ordered))
 
     def _feeds(self, first: list[int], second: list[int]) -> bool:
         inside, target = set(first), set(second)
@@ -205,9 +208,13 @@ class _Finder:
 
     def _force(self, pattern: str) -> None:
         regex = _glob(pattern)
-        hits = [node for path, node in self.nodes.items() if path and regex.fullmatch(path) and node.weight and node.notes]
+        hits = [
+            node for path, node in self.nodes.items() if path and regex.fullmatch(path) and node.weight and node.notes
+        ]
         if not hits:
-            raise FewbitsError(f"unit pattern {pattern!r} matches no module with weights that ran; modules look like {self._examples()}")
+            raise FewbitsError(
+                f"unit pattern {pattern!r} matches no module with weights that ran; modules look like {self._examples()}"
+            )
         for node in hits:
             reason = self._why_not(node)
             if reason:
@@ -272,7 +279,7 @@ class _Finder:
 
     def _holds_more(self, node: _Node) -> bool:
         """Whether a module with one weighted op also holds norms, activations or further parameters."""
-        if len(list(child for child in node.walk() if child.calls)) == 1 and not any(child.weights for child in node.children):
+        if sum(bool(child.calls) for child in node.walk()) == 1 and not any(child.weights for child in node.children):
             own = set(node.weighted)
             others = [self.graph.calls[index] for index in node.calls if index not in own]
         else:
@@ -331,7 +338,11 @@ class _Finder:
         for index in calls:
             call = self.graph.calls[index]
             refs = list(call.refs())
-            if call.op in _DATA_SIZED or (call.op == "where" and len(refs) == 1) or (call.op == "getitem" and self._by_mask(call)):
+            if (
+                call.op in _DATA_SIZED
+                or (call.op == "where" and len(refs) == 1)
+                or (call.op == "getitem" and self._by_mask(call))
+            ):
                 found.update(call.outputs)
             elif call.op in _KEEPS_FIRST:
                 if refs and refs[0].value in found:

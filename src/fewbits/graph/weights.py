@@ -1,7 +1,6 @@
 """Changing a model's parameters along a relation, in place: the same function, other numbers.
-
-The arithmetic is `fewbits.transforms.fold`'s; here a relation's channels are carried to the rows, columns and elements of the
-parameters, whatever slice, transpose or stack of them the forward reads.
+ The arithmetic is `fewbits.transforms.fold`'s; here a relation's channels are carried to the rows, columns and
+elements of the parameters, whatever slice, transpose or stack of them the forward reads.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ from fewbits.transforms.fold import absorb_shift, fold_into_outputs, scale_input
 def scale(model: nn.Module, relation: Relation, s: Tensor, *, only: str = "both", force: bool = False) -> None:
     """Multiply the relation's channels by s at the producers and divide by s at the consumers, in place.
 
-    s: [relation.size], finite and nonzero, positive unless `relation.permits` contains "scale". `only`: "both", or "producers" or
-    "consumers" alone (for a control; that changes the function). `force` skips the refusal of relations that are blocked or that the
-    recorded forward covered in part. Raises `FewbitsError` on a wrong s or a refused relation.
+    s: [relation.size], finite and nonzero, positive unless `relation.permits` contains "scale". `only`: "both", or
+    "producers" or "consumers" alone (for a control; that changes the function). `force` skips the refusal of
+    relations that are blocked or that the recorded forward covered in part. Raises `FewbitsError` on a wrong s or a
+    refused relation.
     """
     s = _check(relation, s, "positive_scale", force)
     if not bool((s != 0).all()) or ("scale" not in relation.permits and not bool((s > 0).all())):
@@ -77,7 +77,8 @@ def operand(model: nn.Module, end: End) -> Tensor:
 def channels(model: nn.Module, end: End) -> Tensor:
     """The end's elements channel by channel, [rows, elements per row], rows as in `end.channel_of` (a copy).
 
-    For axis "in" a row holds everything that multiplies one input channel; for "out" everything that makes one output channel.
+    For axis "in" a row holds everything that multiplies one input channel; for "out" everything that makes one output
+    channel.
     """
     held = operand(model, end)
     if end.layout == "vector":
@@ -179,7 +180,7 @@ def _shifted(end: End, flat: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], 
     """The end's view, counted from where the parameter starts in its storage."""
     assert end.view is not None
     size, stride, offset = end.view
-    return size, stride, offset + flat.storage_offset()
+    return size, stride, offset + int(flat.storage_offset())
 
 
 def _bias_of(model: nn.Module, end: End, create: bool) -> tuple[str, Tensor]:

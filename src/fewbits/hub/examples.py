@@ -94,6 +94,8 @@ def _transformers(loaded: LoadedModel, batch_size: int, draw: _Draw) -> dict[str
 def _image_shape(loaded: LoadedModel, config: Any) -> tuple[int, int, int]:
     spec: Any = loaded.preprocessing or {}
     size: Any = getattr(config, "image_size", None) or spec.get("crop_size") or spec.get("size") or IMAGE_SIZE
+    height: Any
+    width: Any
     if isinstance(size, dict):
         edge = size.get("shortest_edge", IMAGE_SIZE)
         height, width = size.get("height", edge), size.get("width", edge)

@@ -95,7 +95,8 @@ def _plain(spec: dict[str, Any]) -> Transform:
         scale = max(
             math.floor(height / spec["crop_pct"]) / image.height, math.floor(width / spec["crop_pct"]) / image.width
         )
-        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        # the longer side is cut to whole pixels, as the usual libraries do (and not by the last bit of a product)
+        size = (max(width, int(image.width * scale + 1e-6)), max(height, int(image.height * scale + 1e-6)))
         if size != image.size:
             image = image.resize(size, names[spec["interpolation"]])
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)

@@ -361,13 +361,18 @@ class HubDataset(Source):
         import datasets
 
         self._name, features = name, data.features
-        images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+        images = [
+            key
+            for key, feature in features.items()
+            if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+        ]
         texts = [
             key for key, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")
         ]
         if images:
             self.kind, self._item = "images", images[0]
-            data = data.cast_column(images[0], datasets.Image(decode=False))
+            if not isinstance(features[images[0]], dict):
+                data = data.cast_column(images[0], datasets.Image(decode=False))
         elif texts:
             self.kind, self._item = "texts", _pick(texts, ("text", "sentence")) or texts[0]
         else:

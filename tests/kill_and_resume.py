@@ -1,0 +1,95 @@
+"""Driver of the kill test: quantize in child processes, kill -9 them at random moments, resume, compare every bit.
+
+Usage: kill_and_resume.py FOLDER TRIALS. Exits with 0 when every trial ended with the bits of the uninterrupted run; prints how many
+kills hit a run that had committed something and was not finished.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from engine_models import encoder, images, skipnet, tokens
+from safetensors.torch import load_file, save_file
+
+from fewbits.engine import quantize
+from fewbits.papers import build_recipe
+
+CASES = {
+    "brecq": lambda: (skipnet(), build_recipe("brecq", "W3A4", {"iters_w": 12, "iters_a": 6}), images(8)),
+    "smoothquant+gptq": lambda: (encoder(), build_recipe("smoothquant+gptq", "W4A8"), tokens(8)),
+    "repq-vit+brecq": lambda: (encoder(), build_recipe("repq-vit+brecq", "W4A4", {"iters_w": 8, "iters_a": 4}), tokens(8)),
+}
+
+
+def run(case: str, work: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    model, recipe, batches = CASES[case]()
+    result = quantize(model, recipe, batches, seed=3, work_dir=work, resume=True)
+    held = {f"p/{name}": value.contiguous().clone() for name, value in model.state_dict().items()}
+    for site, quantizer in result.attachment.items():
+        held |= {f"q/{site.name}/{name}": value.clone() for name, value in quantizer.params.items()} if quantizer.ready else {}
+    held |= {f"c/{name}": codes.contiguous().clone() for name, codes in result.attachment.codes.items()}
+    with torch.no_grad():
+        held["output"] = model(batches[0]).contiguous()
+    save_file(held, out)
+
+
+def child(case: str, work: Path, out: Path) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            run(case, work, out)
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def main(folder: Path, trials: int) -> int:
+    random.seed(0)
+    useful = 0
+    for case in CASES:
+        base = folder / "base.safetensors"
+        started = time.monotonic()
+        pid = child(case, folder / f"work-{case}", base)
+        if os.waitpid(pid, 0)[1] != 0:
+            print(f"{case}: the uninterrupted run failed")
+            return 1
+        lasting = time.monotonic() - started
+        expected = load_file(base)
+        for trial in range(trials):
+            work, out = folder / f"work-{case}-{trial}", folder / f"out-{trial}.safetensors"
+            out.unlink(missing_ok=True)
+            for attempt in range(40):
+                pid = child(case, work, out)
+                if attempt < 3:
+                    time.sleep(random.random() * lasting)
+                    os.kill(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+                committed = len(list(work.glob("sweep*.safetensors")))
+                useful += bool(status) and committed > 0
+                if status == 0:
+                    break
+                if not os.WIFSIGNALED(status):
+                    print(f"{case}: resuming failed")
+                    return 1
+            got = load_file(out)
+            different = [key for key in expected if key not in got or not torch.equal(expected[key], got[key])]
+            if different or set(got) != set(expected):
+                print(f"{case}, trial {trial}: {len(different)} tensors differ: {different[:5]}")
+                return 1
+            shutil.rmtree(work)
+    print(useful)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,96 @@
+"""Interrupted runs, and models larger than memory: real processes that are killed or limited."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_models import encoder, tokens
+from safetensors.torch import save_file
+
+from fewbits.engine import quantize
+from fewbits.errors import FewbitsError
+from fewbits.papers import build_recipe
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+
+
+def test_killed_runs_resume_to_the_same_bits(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "kill_and_resume.py"), str(tmp_path), "4"], env=ENVIRONMENT, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) >= 8, "most kills must hit a run that had committed units"
+
+
+def test_resume_refuses_another_run(tmp_path: Path) -> None:
+    recipe = build_recipe("gptq", "W4A16")
+    quantize(encoder(), recipe, tokens(4), work_dir=tmp_path)
+    with pytest.raises(FewbitsError, match="resume it"):
+        quantize(encoder(), recipe, tokens(4), work_dir=tmp_path)
+    for changed in (dict(seed=1), dict(calibration=tokens(4, seed=2)), dict(recipe=build_recipe("gptq", "W3A16")), dict(model=encoder(1))):
+        given = {"model": encoder(), "recipe": recipe, "calibration": tokens(4), "seed": 0, **changed}
+        with pytest.raises(FewbitsError, match="another"):
+            quantize(given.pop("model"), given.pop("recipe"), given.pop("calibration"), work_dir=tmp_path, resume=True, **given)
+
+
+def test_a_damaged_commit_is_named(tmp_path: Path) -> None:
+    quantize(encoder(), build_recipe("gptq", "W4A16"), tokens(4), work_dir=tmp_path)
+    victim = sorted(tmp_path.glob("sweep*.safetensors"))[1]
+    victim.write_bytes(victim.read_bytes()[:-40])
+    with pytest.raises(FewbitsError, match=victim.name):
+        quantize(encoder(), build_recipe("gptq", "W4A16"), tokens(4), work_dir=tmp_path, resume=True)
+
+
+def test_streamed_weights_give_the_bits_of_a_model_in_memory(tmp_path: Path) -> None:
+    from fewbits.engine.source import Streamed
+
+    whole = encoder()
+    save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, tmp_path / "model.safetensors")
+    quantize(whole, build_recipe("smoothquant+gptq", "W4A8"), tokens(8))
+    with torch.device("meta"):
+        hollow = encoder()
+    result = quantize(
+        hollow, build_recipe("smoothquant+gptq", "W4A8"), tokens(8), source=Streamed(tmp_path), work_dir=tmp_path / "work"
+    )
+    assert all(p.is_meta for p in hollow.blocks.parameters()), "units are let go when they are done"
+    for index, unit in enumerate(result.units):
+        from fewbits.engine import snapshot
+
+        stored, _ = snapshot.read(tmp_path / "work" / f"sweep0-unit{index:04d}.safetensors")
+        for key, value in stored.items():
+            if key.startswith("tensor/"):
+                assert torch.equal(value, whole.state_dict()[key.removeprefix("tensor/")]), key
+
+
+def test_a_model_larger_than_memory_is_quantized_by_streaming(tmp_path: Path) -> None:
+    """Under one limit on memory, loading the whole model fails and streaming it succeeds, with the peak that was forecast."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "limited_memory.py"), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["in_memory"] == "MemoryError" and found["streamed"] == "ok"
+    assert found["model_bytes"] > 2 * found["allowed_bytes"]
+    assert found["units"] >= 8
+
+
+def test_streaming_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    from fewbits.engine.source import Streamed
+
+    with pytest.raises(FewbitsError, match="no safetensors"):
+        Streamed(tmp_path)
+    model = encoder()
+    held = {name: value.contiguous() for name, value in model.state_dict().items()}
+    del held["blocks.1.q.weight"]
+    save_file(held, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        hollow = encoder()
+    with pytest.raises(FewbitsError, match=r"blocks\.1\.q\.weight"):
+        quantize(hollow, build_recipe("gptq", "W4A16"), tokens(4), source=Streamed(tmp_path), work_dir=tmp_path / "work")
