@@ -15,7 +15,7 @@ from fewbits.engine import quantize
 from fewbits.engine.source import Streamed
 from fewbits.papers import build_recipe
 
-WIDTH, DEPTH, VOCABULARY = 384, 24, 64
+WIDTH, DEPTH, VOCABULARY = 384, 32, 64
 ALLOWED = 64 << 20
 
 
@@ -33,6 +33,8 @@ def main(folder: Path) -> None:
     del small, held, block
     # One run first, so that what libraries allocate once is there before the limit is set.
     quantize(encoder(), build_recipe("gptq", "W4A16"), tokens(4))
+    with torch.device("meta"):
+        encoder()
     used = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + ALLOWED, used + ALLOWED))
 
@@ -48,7 +50,6 @@ def main(folder: Path) -> None:
         for path in sorted(folder.glob("*.safetensors")):
             model |= {k: v.clone() for k, v in load_file(path).items()}
 
-    in_memory = attempt(whole)
     with torch.device("meta"):
         hollow = Encoder(WIDTH, DEPTH, VOCABULARY).eval()
     results: list = []
@@ -59,6 +60,7 @@ def main(folder: Path) -> None:
         )
 
     outcome = attempt(streamed)
+    in_memory = attempt(whole)
     units = len(results[0].units) if results else 0
     forecast = results[0].forecast.peak if results else 0
     print(json.dumps({"in_memory": in_memory, "streamed": outcome, "model_bytes": total, "allowed_bytes": ALLOWED, "units": units, "forecast": forecast}))

@@ -1,4 +1,6 @@
-"""The command line end to end on the demo model: results, one-line errors, nothing half-written, nothing imported too early."""
+"""The command line end to end on the demo model: results, one-line errors, nothing half-written, nothing imported
+too early.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ import fewbits
 from fewbits.cli import app
 from fewbits.errors import FewbitsError
 from fewbits.hub.data import load_data
-from fewbits.workflow import dumps, evaluate_reference, inspect_reference, quantize_reference
+from fewbits.hub.output import dumps
+from fewbits.workflow import evaluate_reference, inspect_reference, quantize_reference
 
 DIGITS = {"model": "demo:digits", "recipe": "rtn", "bits": "W4A8", "calib": "demo:digits", "samples": 16}
 
@@ -27,13 +30,14 @@ def run(*args: object) -> Any:
     return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
-def refused(*args: object) -> str:
+def refused(*args: object, started: bool = False) -> str:
     """The one line of a refused call."""
     result = run(*args)
     assert result.exit_code == 2 and result.stdout == ""
     lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    return lines[0]
+    assert lines[-1].startswith("error: ") and "Traceback" not in result.stderr
+    assert started or len(lines) == 1  # a run that started has told its memory forecast before
+    return lines[-1]
 
 
 def quantize_args(out: Path, **changes: object) -> list[object]:
@@ -52,7 +56,8 @@ def quantize_args(out: Path, **changes: object) -> list[object]:
         "from fewbits.cli import main; import sys; sys.argv[1:] = ['quantize', '--help']; main()",
         "from fewbits.cli import main; import sys; sys.argv[1:] = ['--version']; main()",
         "from fewbits.cli import main; import sys; sys.argv[1:] = ['papers', '--json']; main()",
-        "from fewbits.cli import main; import sys; sys.argv[1:] = ['quantize', 'x', '--recipe', 'rtm', '--bits', 'W4', '--out', 'o']; main()",
+        "from fewbits.cli import main; import sys; "
+        "sys.argv[1:] = ['quantize', 'x', '--recipe', 'rtm', '--bits', 'W4', '--out', 'o']; main()",
     ],
 )
 def test_torch_stays_out(code: str) -> None:
@@ -81,7 +86,8 @@ def test_every_exported_name_exists() -> None:
         fewbits.nothing  # noqa: B018
 
 
-# -- the main job --------------------------------------------------------------------------------------------------------
+# -- the main job
+# --------------------------------------------------------------------------------------------------------
 def test_quantize_eval_and_load(tmp_path: Path) -> None:
     out = tmp_path / "q"
     result = run(*quantize_args(out, eval="demo:digits", eval_samples=200, seed=3), "--json")
@@ -144,7 +150,8 @@ def test_options_reach_the_recipe(tmp_path: Path) -> None:
     assert report["options"] == {"first_last_bits": "8"} and described["recipe"]["options"]["first_last_bits"] == 8
 
 
-# -- refusals before anything heavy --------------------------------------------------------------------------------------
+# -- refusals before anything heavy
+# --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -178,8 +185,12 @@ def test_refused_before_loading(
 
 def test_refused_models(tmp_path: Path) -> None:
     quantize_reference(**DIGITS, out=tmp_path / "q")  # type: ignore[arg-type]
-    for model, words in ((tmp_path / "none", "does not exist"), (tmp_path, "not a model directory"), ("demo:digit", "did you mean"),
-                         (tmp_path / "q", "quantized checkpoint already")):  # fmt: skip
+    for model, words in (
+        (tmp_path / "none", "does not exist"),
+        (tmp_path, "not a model directory"),
+        ("demo:digit", "did you mean"),
+        (tmp_path / "q", "quantized checkpoint already"),
+    ):
         line = refused("quantize", model, "--recipe", "rtn", "--bits", "W4A16", "--out", tmp_path / "out")
         assert words in line
     assert not (tmp_path / "out").exists()
@@ -202,7 +213,8 @@ def test_output_directory_is_respected(tmp_path: Path) -> None:
     assert "another recipe" in refused(*quantize_args(tmp_path / "empty", bits="W3A8"), "--resume")
 
 
-# -- failures on the way -------------------------------------------------------------------------------------------------
+# -- failures on the way
+# -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("where", ["fewbits.engine.quantize", "fewbits.tasks.evaluate", "fewbits.hub.checkpoint.save"])
 def test_a_failure_leaves_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def fails(*args: Any, **kwargs: Any) -> None:
@@ -213,7 +225,9 @@ def test_a_failure_leaves_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     with monkeypatch.context() as patched:
         patched.setattr(where, fails)
-        assert "broken on purpose" in refused(*quantize_args(tmp_path / "out", eval="demo:digits", eval_samples=8))
+        assert "broken on purpose" in refused(
+            *quantize_args(tmp_path / "out", eval="demo:digits", eval_samples=8), started=True
+        )
     assert not (tmp_path / "out").exists()
     left = tmp_path / "out.partial"
     if left.exists():  # finished units are kept, and only on request used
@@ -231,7 +245,11 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     want, got = tmp_path / "want", tmp_path / "got"
     quantize_reference(**DIGITS, out=want)  # type: ignore[arg-type]
     command = [sys.executable, "-m", "fewbits", *(str(word) for word in quantize_args(got))]
-    slow = "import time, fewbits.engine.run as r; w = r.Commits.write\ndef f(*a):\n    w(*a); time.sleep(60)\nr.Commits.write = f\n"
+    slow = (
+        "import time, fewbits.engine.run as r; w = r.Commits.write\n"
+        "def f(*a):\n    w(*a); time.sleep(60)\n"
+        "r.Commits.write = f\n"
+    )
     code = f"{slow}import sys; sys.argv = {command[2:]!r}; from fewbits.cli import main; main()"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
@@ -252,7 +270,8 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(result.exception, FewbitsError)
 
 
-# -- the rest ------------------------------------------------------------------------------------------------------------
+# -- the rest
+# ------------------------------------------------------------------------------------------------------------
 def test_inspect() -> None:
     seen = json.loads(run("inspect", "demo:digits", "--json").stdout)
     assert seen == json.loads(dumps(inspect_reference("demo:digits")))

@@ -23,10 +23,10 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('
 
 def test_killed_runs_resume_to_the_same_bits(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(HERE / "kill_and_resume.py"), str(tmp_path), "4"], env=ENVIRONMENT, capture_output=True, text=True, timeout=900
+        [sys.executable, str(HERE / "kill_and_resume.py"), str(tmp_path), "3"], env=ENVIRONMENT, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) >= 8, "most kills must hit a run that had committed units"
+    assert int(done.stdout.split()[-1]) >= 6, "most kills must hit a run that had committed units"
 
 
 def test_resume_refuses_another_run(tmp_path: Path) -> None:

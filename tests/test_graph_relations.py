@@ -1,4 +1,4 @@
-"""Relations: what is found on real architectures, that it holds, that what does not hold is not found, and that the proof can fail."""
+"""Relations: what is found on real architectures, that it holds, that nothing else is found, that proofs can fail."""
 
 from __future__ import annotations
 
@@ -88,7 +88,10 @@ NAMED: dict[str, list[tuple[str, str]]] = {
     ],
     "torchvision-vit": [
         ("encoder.layers.encoder_layer_0.ln_1", "encoder.layers.encoder_layer_0.self_attention.linear"),
-        ("encoder.layers.encoder_layer_0.self_attention.linear", "encoder.layers.encoder_layer_0.self_attention.out_proj"),
+        (
+            "encoder.layers.encoder_layer_0.self_attention.linear",
+            "encoder.layers.encoder_layer_0.self_attention.out_proj",
+        ),
         ("encoder.ln", "heads.head"),
     ],
     "hf-llama": [
@@ -108,7 +111,10 @@ NAMED: dict[str, list[tuple[str, str]]] = {
             "transformer.h.0.self_attention.query_key_value transformer.h.0.mlp.dense_h_to_4h",
         ),
     ],
-    "hf-gpt2": [("transformer.h.0.ln_1", "transformer.h.0.attn.c_attn"), ("transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj")],
+    "hf-gpt2": [
+        ("transformer.h.0.ln_1", "transformer.h.0.attn.c_attn"),
+        ("transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"),
+    ],
     "hf-bart": [("model.decoder.layers.1.encoder_attn.v_proj", "model.decoder.layers.1.encoder_attn.out_proj")],
     "hf-mixtral-eager": [
         ("model.layers.0.mlp.experts.gate_up_proj[1]", "model.layers.0.mlp.experts.down_proj[1]"),
@@ -250,7 +256,10 @@ def test_would_be_relations_hold_once_relu6_is_relu() -> None:
 
 
 # -- uses other than scaling -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["timm-vit", "timm-swin", "timm-mobilevit", "hf-opt", "hf-gpt2", "hf-llama", "hf-bert", "hf-bart", "diffusers-unet2d-condition"])  # fmt: skip
+SHIFTED = "timm-vit timm-swin timm-mobilevit hf-opt hf-gpt2 hf-llama hf-bert hf-bart diffusers-unet2d-condition"
+
+
+@pytest.mark.parametrize("name", SHIFTED.split())
 def test_permitted_shifts_keep_the_function(name: str) -> None:
     model, args, kwargs, _, relations = recorded(name)
     model = copy.deepcopy(model).double()
@@ -344,8 +353,8 @@ def _mixtral(implementation: str, experts: int = 8) -> nn.Module:
     torch.manual_seed(0)
     model = MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=64, hidden_size=16, num_hidden_layers=1, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
-            num_local_experts=experts, num_experts_per_tok=2,
+            vocab_size=64, hidden_size=16, num_hidden_layers=1, intermediate_size=24, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=experts, num_experts_per_tok=2,
         )
     )  # fmt: skip
     model.set_experts_implementation(implementation)
@@ -523,6 +532,10 @@ def test_norm_weights_that_enter_as_one_plus_w() -> None:
         lambda m, x: m.b(torch.cat([m.a(x)[:, :3], x[:, :3]], -1)) + m.a(x).sum() ** 2,
         lambda m, x: (m.a(x), m.b(m.a(x)))[1] + m.a(x).abs().log().sum(),
         lambda m, x: (h := m.a(x), m.b(h), h)[1:],
+        lambda m, x: m.b(h := m.a(x)) * h.mean().item(),
+        lambda m, x: m.b(h := m.a(x)) * float(h.sum()),
+        lambda m, x: (h := m.a(x), m.b(h) if bool(h.sum()) else x)[1],
+        lambda m, x: m.b(h := m.a(x)) * h.mean(),
     ],
 )
 def test_no_relation_where_a_scale_would_show(body: Any) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -215,16 +216,65 @@ def test_needs_follow_skips_and_shared_tensors() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_needs_are_exactly_what_changes_the_inputs(name: str) -> None:
-    """Removing a unit that is not needed must not change a unit's inputs; needed ones run before their readers."""
+def test_needs_point_backwards(name: str) -> None:
     graph = recorded(name)
     needs = unit_needs(graph)
     order = {unit.name: i for i, unit in enumerate(graph.units)}
-    assert set(needs) == set(order)
+    assert set(needs) == set(order) and needs[graph.units[0].name] == set()
     for unit, needed in needs.items():
         assert all(order[other] < order[unit] for other in needed)
-    first = [unit for unit in graph.units if not needs[unit.name]]
-    assert first and first[0] is graph.units[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["timm-swin", "timm-mobilevit", "timm-densenet", "timm-resnet", "hf-bart", "hf-t5", "hf-detr", "diffusers-unet2d"],
+)
+def test_needs_are_exactly_what_changes_the_inputs(name: str) -> None:
+    """With every unit's output held fixed, moving one output moves the inputs of exactly the units that need it."""
+    model, args, kwargs = build(name)
+    if name in ("hf-bart", "hf-t5"):
+        kwargs = {**kwargs, "use_cache": False}
+    graph = recorded(name)
+    needs = unit_needs(graph)
+    clean: dict[str, tuple[list[Tensor], Any]] = {}
+    inputs: dict[str, list[Tensor]] = {}
+    moved = ""
+
+    def hold(unit: str, module: nn.Module, a: Any, k: Any, out: Any) -> Any:
+        inputs[unit] = _tensors(_copy((a, k)))
+        if unit not in clean:
+            clean[unit] = (inputs[unit], _copy(out))
+            return out
+        fixed = _copy(clean[unit][1])
+        if unit != moved:
+            return fixed
+        noise = torch.Generator().manual_seed(7)
+        return torch.utils._pytree.tree_map(
+            lambda x: (
+                x + torch.randn(x.shape, generator=noise) if isinstance(x, Tensor) and x.is_floating_point() else x
+            ),
+            fixed,
+        )
+
+    handles = [
+        model.get_submodule(unit.name).register_forward_hook(partial(hold, unit.name), with_kwargs=True)
+        for unit in graph.units
+    ]
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+            for unit in graph.units:
+                moved = unit.name
+                model(*args, **kwargs)
+                changed = {
+                    other
+                    for other, tensors in inputs.items()
+                    if any(not torch.equal(x, y) for x, y in zip(tensors, clean[other][0], strict=True))
+                }
+                assert changed == {other for other, needed in needs.items() if unit.name in needed}, unit.name
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # -- the rule on purpose-made models ---------------------------------------------------------------------------------

@@ -152,8 +152,13 @@ def test_demos_are_trained(name: str, low: float, high: float) -> None:
 
 # -- the zoo's figures -------------------------------------------------------------------------------------------------
 ZOO, DATA = folder("FEWBITS_ZOO"), folder("FEWBITS_DATA")
-FILES = {"cifar10/test": "cifar10/test.parquet", "docs-text/test": "docs-text/test.jsonl", "wikitext-2/test": "wikitext-2/test.txt",
-         "sst2/dev": "sst2/dev.tsv", "sst2/test": "sst2/test.tsv"}  # fmt: skip
+FILES = {
+    "cifar10/test": "cifar10/test.parquet",
+    "docs-text/test": "docs-text/test.jsonl",
+    "wikitext-2/test": "wikitext-2/test.txt",
+    "sst2/dev": "sst2/dev.tsv",
+    "sst2/test": "sst2/test.tsv",
+}
 FIGURES = [
     (file.parent.name, figure["dataset"], figure["value"], figure["n"], figure["metric"])
     for file in (sorted(ZOO.glob("*/metrics.json")) if ZOO else [])
@@ -181,7 +186,9 @@ def samples_of(count: int, metric: str) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dataset", "value", "count", "metric"), FIGURES)
 def test_zoo_figures(name: str, dataset: str, value: float, count: int, metric: str) -> None:
-    """On the full sets. Pixels of resized images differ by rounding between resizing libraries: five images in ten thousand."""
+    """On the full sets. Pixels of resized images differ by rounding between resizing libraries: five images in ten
+    thousand.
+    """
     got = evaluated(name, dataset, samples_of(count, metric))["value"]
     tolerance = {"top1_percent": 0.05, "epsilon_mse": 2e-4}.get(metric, 0.02)
     assert got == pytest.approx(value, abs=tolerance)

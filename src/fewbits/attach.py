@@ -6,8 +6,7 @@ compares the sites that ran with the sites that were recorded, so nothing runs s
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
 from fewbits.graph.operands import canonical, restore
-from fewbits.graph.ops import WEIGHTED, bind, rebind
-from fewbits.graph.trace import Frame, Tracer
+from fewbits.graph.ops import MATMUL, WEIGHTED, bind, rebind
+from fewbits.graph.trace import Frame, Tracer, in_flight
 from fewbits.graph.types import CallKey, Site
 from fewbits.quantizer import Quantizer
 from fewbits.rounding.gptq import decode_columns
@@ -38,17 +37,21 @@ class _Plan:
 class Attachment(Tracer):
     """Quantizers at the sites of one model, applied in its forward.
 
-    `quantizers` maps site names (with `.` written `/`, as `nn.ModuleDict` demands) to `Quantizer`s. A weight whose quantized values
-    already sit in the parameter is *frozen*: it is listed in `frozen` and costs nothing at run time. `known` are the weighted calls
-    seen when the model was recorded; another one running is an error. `skipped` are modules whose forward the engine replays.
+    `quantizers` maps site names (with `.` written `/`, as `nn.ModuleDict` demands) to `Quantizer`s. `codes` are the integer codes of
+    committed weights: what they decode to is what runs. A committed weight whose decoded values already sit in the parameter is *frozen*:
+    it is listed in `frozen` and costs nothing at run time; any other is put in place of the parameter in the forward. `known` are the
+    calls seen when the model was recorded; another weighted one running is an error. `skipped` are modules whose forward the engine
+    replays.
+
+    A copy of the model (`copy.deepcopy`) has its own attachment. Quantizers follow the tensors they meet to another device.
     """
 
     def __init__(self, model: nn.Module, sites: dict[str, Site], known: set[CallKey]) -> None:
         super().__init__()
-        if ATTRIBUTE in model.__dict__:
+        if any(ATTRIBUTE in module.__dict__ for module in model.modules()):
             raise FewbitsError("the model already has quantizers attached; detach it first")
         self.sites = sites
-        self.known = known
+        self.known = known | {site.key for site in sites.values()}
         self.model = model
         self.quantizers = nn.ModuleDict()
         self.frozen: set[str] = set()
@@ -58,16 +61,21 @@ class Attachment(Tracer):
         self.enabled = True
         self.calibrating: set[str] = set()
         self.skipped: set[str] = set()
+        self._sites_at: dict[CallKey, list[Site]] = {}
+        for site in sites.values():
+            self._sites_at.setdefault(site.key, []).append(site)
+        self._known_paths = {key[0] for key in self.known}
+        self._watching: list[dict[str, list[Observer]]] = []
         self._plans: dict[CallKey, _Plan] = {}
-        self._open_paths: set[str] = set()
-        self._due: dict[str, list[CallKey]] = {}
+        self._due: dict[str, list[CallKey]] = {}  # module -> its planned calls
         model.__dict__[ATTRIBUTE] = self
         self.install(model)
 
     def detach(self) -> None:
         """Take the hooks off the model again; weights stay as they are."""
         self.remove()
-        self.model.__dict__.pop(ATTRIBUTE, None)
+        if self.model.__dict__.get(ATTRIBUTE) is self:
+            del self.model.__dict__[ATTRIBUTE]
 
     # -- quantizers --------------------------------------------------------------------------------------------------
     def quantizer(self, site: str) -> Quantizer | None:
@@ -75,19 +83,21 @@ class Attachment(Tracer):
         return self.quantizers[key] if key in self.quantizers else None  # type: ignore[return-value]
 
     def set_quantizer(self, site: str, quantizer: Quantizer | None) -> None:
-        """Put a quantizer at a site, or take it away. Raises `FewbitsError` for an unknown site."""
-        if site not in self.sites:
-            raise FewbitsError(f"no site named {site!r}; `fewbits inspect` lists them")
+        """Put a quantizer at a site, or take it away. Codes committed on the quantizer before are forgotten.
+
+        Raises `FewbitsError` for an unknown site.
+        """
+        place = self._site(site)
         key = site.replace(".", "/")
         if quantizer is None:
             if key in self.quantizers:
                 del self.quantizers[key]
-            self.frozen.discard(site)
-            self.codes.pop(site, None)
-            self.group_index.pop(site, None)
         else:
             self.quantizers[key] = quantizer
-        self._replan()
+        self.frozen.discard(site)
+        self.codes.pop(site, None)
+        self.group_index.pop(site, None)
+        self._plan(place.key)
 
     def decoded(self, site: str) -> Tensor:
         """The float32 weight matrix (out, columns) that a committed weight's codes stand for."""
@@ -108,25 +118,39 @@ class Attachment(Tracer):
 
     def freeze(self, site: str) -> None:
         """Say that a weight site's quantized values are in the parameter now."""
+        place = self._site(site)
         self.frozen.add(site)
-        self._replan()
+        self._plan(place.key)
+
+    def forget_codes(self, sites: Iterable[str]) -> None:
+        """Drop committed codes that are safe on disk; the decoded weights stay in effect."""
+        for site in sites:
+            self.codes.pop(site, None)
+            self.group_index.pop(site, None)
 
     def thaw(self, site: str) -> None:
+        """Say that the parameter does not hold the quantized values: the forward makes them, from the codes where some are committed."""
+        place = self._site(site)
         self.frozen.discard(site)
-        self._replan()
+        self._plan(place.key)
+
+    def _site(self, name: str) -> Site:
+        if name not in self.sites:
+            raise FewbitsError(f"no site named {name!r}; `fewbits inspect` lists them")
+        return self.sites[name]
 
     # -- observing ---------------------------------------------------------------------------------------------------
     @contextmanager
     def observing(self, observers: dict[str, list[Observer]]) -> Iterator[None]:
         """Call each observer with the tensor at its site (before that site's own quantizer) while the context lasts."""
-        for name, functions in observers.items():
-            site = self.sites[name]
-            plan = self._plans.setdefault(site.key, _Plan())
-            plan.observers.setdefault(site.slot, []).extend(functions)
-            self._open_paths.add(site.module)
+        for name in observers:
+            self._site(name)
+        self._watching.append(observers)
+        self._replan()
         try:
             yield
         finally:
+            self._watching.remove(observers)
             self._replan()
 
     @contextmanager
@@ -152,31 +176,54 @@ class Attachment(Tracer):
             self._replan()
 
     def _replan(self) -> None:
+        """Work out anew what happens at every call."""
         self._plans = {}
         self._due = {}
-        if self.enabled:
-            for site, quantizer in self.items():
-                if site.name in self.frozen or not quantizer.enabled or not (self.activations or site.role == "weight"):
-                    continue
-                self._plans.setdefault(site.key, _Plan()).quantizers[site.slot] = (quantizer, site)
-        for key in self._plans:
-            self._due.setdefault(key[0], []).append(key)
-        self._open_paths = {key[0] for key in self._plans}
+        keys = {site.key: None for site, _ in self.items()} if self.enabled else {}
+        keys |= {self.sites[name].key: None for observers in self._watching for name in observers}
+        for key in keys:
+            self._plan(key)
+
+    def _plan(self, key: CallKey) -> None:
+        """Work out anew what happens at one call."""
+        plan = _Plan()
+        for site in self._sites_at[key]:
+            quantizer = self.quantizer(site.name) if self.enabled else None
+            if quantizer is not None and quantizer.enabled and site.name not in self.frozen and (self.activations or site.role == "weight"):
+                plan.quantizers[site.slot] = (quantizer, site)
+            for observers in self._watching:
+                if site.name in observers:
+                    plan.observers.setdefault(site.slot, []).extend(observers[site.name])
+        due = self._due.get(key[0], [])
+        if plan.quantizers or plan.observers:
+            if key not in self._plans:
+                self._due[key[0]] = [*due, key]
+            self._plans[key] = plan
+        elif self._plans.pop(key, None) is not None:
+            left = [other for other in due if other != key]
+            if left:
+                self._due[key[0]] = left
+            else:
+                del self._due[key[0]]
 
     # -- the forward -------------------------------------------------------------------------------------------------
     def opens(self, op: str) -> bool:
         stack = self.stack
-        return bool(stack) and stack[-1].path in self._open_paths
+        return bool(stack) and stack[-1].path in self._due
 
     def handle(
         self, op: str, key: CallKey | None, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         plan = self._plans.get(key) if key is not None else None
         if plan is None:
-            if key is not None and self.enabled and op in WEIGHTED and self._plans and key not in self.known:
-                raise FewbitsError(f"{'.'.join(map(str, key))} ran but was not recorded; record the model with inputs that exercise it")
+            if self._unrecorded(op, key, args, kwargs):
+                where = ".".join(map(str, key)) if key is not None else f"{self.stack[-1].path}.{op}"
+                raise FewbitsError(f"{where} ran but was not recorded; record the model with inputs that exercise it")
             return func(*args, **kwargs)
         bound = bind(op, args, kwargs)
+        for slot in (*plan.observers, *plan.quantizers):
+            if slot != "output" and not isinstance(bound.get(slot), Tensor):
+                raise FewbitsError(f"{'.'.join(map(str, key or ()))}: this call passes no tensor as {slot}, the recorded one did")
         changed: dict[str, Any] = {}
         for slot, functions in plan.observers.items():
             if slot != "output":
@@ -188,41 +235,98 @@ class Attachment(Tracer):
         if changed:
             args, kwargs = rebind(op, args, kwargs, changed)
         output = func(*args, **kwargs)
+        for slot, copied in changed.items():
+            if output is copied and copied is not bound[slot]:  # the op wrote in place: others hold the tensor it was called with
+                output = bound[slot].copy_(output)
         if "output" in plan.observers:
             for function in plan.observers["output"]:
                 function(output)
         if "output" in plan.quantizers:
             quantizer, site = plan.quantizers["output"]
-            output = self._quantize(quantizer, site, output)
+            result = self._quantize(quantizer, site, output)
+            in_place = any(output is value for value in bound.values())
+            output = output.copy_(result) if in_place else result
         return output
 
+    def _unrecorded(self, op: str, key: CallKey | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call multiplies by a parameter and was not seen when the model was recorded."""
+        if not self.enabled or not len(self.quantizers):
+            return False
+        if key is None:
+            return op == "multi_head_attention_forward" and bool(self.stack) and self.stack[-1].path not in self._known_paths
+        if key in self.known:
+            return False
+        return op in WEIGHTED or (op in MATMUL and any(_is_parameter(value) for value in bind(op, args, kwargs).values()))
+
     def _quantize(self, quantizer: Quantizer, site: Site, x: Tensor) -> Tensor:
+        _follow(quantizer, x)
         if site.role == "weight":
             weight = canonical(x, site.layout, site.groups)
-            return restore(quantizer(weight.flatten(1)).view(weight.shape), site.layout, tuple(x.shape), site.groups)
+            if site.name in self.codes:
+                made = self._committed(quantizer, site, x)
+            else:
+                made = quantizer(weight.flatten(1))
+            made = restore(made.view(weight.shape), site.layout, tuple(x.shape), site.groups)
+            return made.contiguous() if x.is_contiguous() else made  # as it lies in memory, so that the same kernel multiplies
         if site.name in self.calibrating:
             self.calibrating.discard(site.name)
             quantizer.calibrate(x.detach())
         return quantizer(x)
 
+    def _committed(self, quantizer: Quantizer, site: Site, x: Tensor) -> Tensor:
+        """A committed weight's values in the type of `x`; its codes are kept where they are used."""
+        for held in (self.codes, self.group_index):
+            if site.name in held and held[site.name].device != x.device and not x.is_meta:
+                held[site.name] = held[site.name].to(x.device)
+        return self.decoded(site.name).to(x.dtype)
+
     def left(self, frame: Frame) -> None:
         """The ledger: every planned call of this module must have happened."""
         due = self._due.get(frame.path)
-        if not due or frame.path in self.skipped or sys.exc_info()[0] is not None:
+        if not due or frame.path in self.skipped or in_flight() is not frame.raised:
             return
-        for _, op, ordinal in due:
-            if frame.counts.get(op, 0) <= ordinal:
-                raise FewbitsError(
-                    f"{frame.path or 'the model'}: the quantized op {op} (number {ordinal}) did not run in this forward, so its site "
-                    "would be silently skipped; record the model with inputs of this kind"
-                )
+        for key in due:
+            plan = self._plans[key]
+            _, op, ordinal = key
+            if not plan.quantizers or frame.counts.get(op, 0) > ordinal or ("@" in op and not _part_ran(frame, op)):
+                continue
+            raise FewbitsError(
+                f"{frame.path or 'the model'}: the quantized op {op} (number {ordinal}) did not run in this forward, so its site "
+                "would be silently skipped; record the model with inputs of this kind"
+            )
+
+
+def _part_ran(frame: Frame, op: str) -> bool:
+    """Whether anything ran on the slice of a parameter stack that `op` works on: an expert that got no token runs nothing."""
+    part = _part(op)
+    return any("@" in other and _part(other) == part for other in frame.counts)
+
+
+def _part(op: str) -> str:
+    return op.rpartition("@")[2].rpartition(".")[2]
+
+
+def _is_parameter(value: Any) -> bool:
+    """Whether a tensor is a parameter or a view of one."""
+    return isinstance(value, Tensor) and (isinstance(value, nn.Parameter) or isinstance(value._base, nn.Parameter))
 
 
 def _device(quantizer: Quantizer) -> torch.device:
     return next((value.device for value in quantizer.params.values()), torch.device("cpu"))
 
 
+def _follow(quantizer: nn.Module, x: Tensor) -> None:
+    """Bring a quantizer's parameters to the device of the tensor that it meets."""
+    if x.is_meta:
+        return
+    for held in (quantizer._buffers, quantizer._parameters):
+        for value in held.values():
+            if value is not None and value.device != x.device:
+                quantizer.to(x.device)
+                return
+
+
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """The quantizers attached to a model, if any."""
-    found = model.__dict__.get(ATTRIBUTE)
-    return found if isinstance(found, Attachment) else None
+    """The quantizers attached to a model, or to the model inside a wrapper (DDP, compile), if any."""
+    found = (module.__dict__.get(ATTRIBUTE) for module in model.modules())
+    return next((held for held in found if isinstance(held, Attachment)), None)

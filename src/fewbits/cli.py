@@ -36,9 +36,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: its rich one takes half a second of imports
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-papers_app = typer.Typer(help="The papers that fewbits knows, and their recipes.", invoke_without_command=True)
+papers_app = typer.Typer(
+    help="The papers that fewbits knows, and their recipes.", invoke_without_command=True, rich_markup_mode=None
+)
 app.add_typer(papers_app, name="papers")
 
 _MODEL_HELP = (

@@ -76,7 +76,7 @@ class ModelContext:
         spec = self.spec(site)
         if spec is None:
             raise FewbitsError(f"{site.name}: the scheme keeps this weight in floating point")
-        quantizer = Quantizer(spec).to(self.device)
+        quantizer = Quantizer(spec, site.name).to(self.device)
         quantizer.set_params({name: value.detach() for name, value in params.items()})
         attachment = self.attachment
         attachment.set_quantizer(site.name, quantizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -230,7 +231,11 @@ class Run:
             for stream in streams:
                 self.store.drop_where("input", stream)
                 self.replay.release(stream, unit)
+            if self.streamed:
+                self.attachment.forget_codes(site.name for site in self.graph.sites_of(unit))
             self.source.let_go(unit)
+            if self.streamed:
+                gc.collect()  # the frames of captured forwards refer to each other and would hold weights for a while
             self.progress.advance()
         for stream in streams:
             self.replay.forget(stream)

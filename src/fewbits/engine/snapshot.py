@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fewbits.attach import Attachment
 from fewbits.errors import FewbitsError
-from fewbits.formats import pack_codes, unpack_codes
+from fewbits.formats import expand_params, pack_codes, unpack_codes
 from fewbits.graph import operands
+from fewbits.graph.trace import clean
 from fewbits.graph.types import Site
 from fewbits.quantizer import Quantizer
 
@@ -27,8 +28,13 @@ METADATA = "fewbits"
 VERSION = 1
 
 
-def take(model: nn.Module, attachment: Attachment, names: Iterable[str], sites: Iterable[Site]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, description) of the named parameters and buffers and of the quantizers at `sites`."""
+def take(
+    model: nn.Module, attachment: Attachment, names: Iterable[str], sites: Iterable[Site]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, description) of the named parameters and buffers and of the quantizers at `sites`.
+
+    A parameter that committed codes cover is left out (`coded`), one that shares its memory with another is named as its `alias`.
+    """
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {"version": VERSION, "quantizers": {}, "codes": {}, "alias": {}, "coded": {}}
     covered: dict[str, int] = {}
@@ -42,78 +48,162 @@ def take(model: nn.Module, attachment: Attachment, names: Iterable[str], sites: 
             tensors[f"quantizer/{site.name}/{name}"] = value.detach().cpu().contiguous()
         if site.name not in attachment.codes:
             continue
-        codes = attachment.codes[site.name]
+        codes = attachment.codes[site.name].cpu()
         fmt = quantizer.spec.format
         tensors[f"codes/{site.name}"] = pack_codes(codes, fmt.code_bits, offset=fmt.code_min)
         described["codes"][site.name] = {"shape": list(codes.shape), "frozen": site.name in attachment.frozen}
         if site.name in attachment.group_index:
-            tensors[f"group_index/{site.name}"] = attachment.group_index[site.name].to(torch.int32)
+            tensors[f"group_index/{site.name}"] = attachment.group_index[site.name].cpu().to(torch.int32)
         if site.name in attachment.frozen and site.param is not None:
             covered[site.param] = covered.get(site.param, 0) + codes.numel()
-    first: dict[int, str] = {}
-    for name in names:
-        value = operands.parameter(model, name).detach()
-        if covered.get(name) == value.numel():
+    values = {name: operands.parameter(model, name).detach() for name in map(clean, names)}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, value in values.items():
+        if name in covered and covered[name] == value.numel():
             described["coded"][name] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+            first.setdefault(_memory(value), name)
+    stored: set[int] = set()
+    for name, value in values.items():
+        if name in described["coded"]:
             continue
-        known = first.setdefault(value.data_ptr() if value.numel() else id(value), name)
-        if known != name and operands.parameter(model, known).shape == value.shape:
+        known = first.setdefault(_memory(value), name) if value.numel() else name
+        if known != name:
             described["alias"][name] = known
             continue
-        tensors[f"tensor/{name}"] = value.cpu().contiguous()
+        out = value.cpu().contiguous()
+        if out.untyped_storage().data_ptr() in stored:
+            out = out.clone()  # overlapping parts of one memory cannot stand in one file
+        stored.add(out.untyped_storage().data_ptr())
+        tensors[f"tensor/{name}"] = out
     return tensors, described
 
 
-def put(model: nn.Module, attachment: Attachment, tensors: dict[str, Tensor], described: dict[str, Any], device: torch.device | None = None) -> None:
+def _memory(value: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same view of the same memory."""
+    return value.device, value.untyped_storage().data_ptr(), value.storage_offset(), value.dtype, value.shape, value.stride()
+
+
+def put(
+    model: nn.Module,
+    attachment: Attachment,
+    tensors: dict[str, Tensor],
+    described: dict[str, Any],
+    device: torch.device | None = None,
+) -> None:
     """Restore what `take` took into a model with the same sites. Raises `FewbitsError` where they do not fit."""
-    values = {key.removeprefix("tensor/"): value for key, value in tensors.items() if key.startswith("tensor/")}
-    values |= {name: values[known] for name, known in described["alias"].items()}
-    for name, value in values.items():
-        assign(model, name, value)
+    try:
+        _put(model, attachment, tensors, described, device)
+    except FewbitsError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise FewbitsError(f"the stored values do not fit this model ({type(error).__name__}: {error})") from error
+
+
+def _put(
+    model: nn.Module,
+    attachment: Attachment,
+    tensors: dict[str, Tensor],
+    described: dict[str, Any],
+    device: torch.device | None,
+) -> None:
+    for key, value in tensors.items():
+        if key.startswith("tensor/"):
+            assign(model, key.removeprefix("tensor/"), value)
+    params: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("quantizer/"):
+            site_name, _, name = key.removeprefix("quantizer/").rpartition("/")
+            params.setdefault(site_name, {})[name] = value
+    covered: dict[str, int] = {}
     for site_name, description in described["quantizers"].items():
         site = attachment.sites.get(site_name)
         if site is None:
             raise FewbitsError(f"the stored quantizer of {site_name} has no site in this model")
-        prefix = f"quantizer/{site_name}/"
-        params = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        quantizer = Quantizer.from_state(description, params)
+        quantizer = Quantizer.from_state({**description, "name": site_name}, params.pop(site_name, {}))
         if device is not None:
             quantizer.to(device)
         attachment.set_quantizer(site_name, quantizer)
         coded = described["codes"].get(site_name)
-        if coded is None:
-            continue
-        fmt = quantizer.spec.format
-        attachment.codes[site_name] = unpack_codes(tensors[f"codes/{site_name}"], fmt.code_bits, coded["shape"], offset=fmt.code_min)
-        index = tensors.get(f"group_index/{site_name}")
-        if index is not None:
-            attachment.group_index[site_name] = index.long()
-        else:
-            attachment.group_index.pop(site_name, None)
-        if coded["frozen"]:
-            shape = operands.canonical(operands.operand(model, site), site.layout, site.groups).shape
-            operands.write(model, site, attachment.decoded(site_name).view(shape))
-            attachment.freeze(site_name)
-        else:
-            attachment.thaw(site_name)
+        if coded is not None:
+            _put_codes(model, attachment, site, quantizer, tensors, coded)
+            if coded["frozen"] and site.param is not None:
+                covered[site.param] = covered.get(site.param, 0) + attachment.codes[site_name].numel()
+        elif quantizer.ready and site.role != "weight":
+            expand_params(quantizer.spec.format, quantizer.spec.granularity, quantizer.params, site.shape)
+    stray = [*params, *(name for name in described["codes"] if name not in described["quantizers"])]
+    if stray:
+        raise FewbitsError(f"values are stored for a quantizer at {stray[0]}, but no quantizer")
+    for name, expected in described["coded"].items():
+        held = operands.parameter(model, name)
+        _check_like(name, held, tuple(expected["shape"]), str(expected["dtype"]))
+        if covered.get(name) != held.numel():
+            raise FewbitsError(f"the stored codes do not make up the whole of {name}")
+    for name, known in described["alias"].items():
+        if f"tensor/{known}" not in tensors and known not in described["coded"]:
+            raise FewbitsError(f"{name} shares the values of {known}, which are not stored")
+        assign(model, name, operands.parameter(model, known).detach())
+
+
+def _put_codes(
+    model: nn.Module,
+    attachment: Attachment,
+    site: Site,
+    quantizer: Quantizer,
+    tensors: dict[str, Tensor],
+    coded: dict[str, Any],
+) -> None:
+    """Restore one committed weight."""
+    fmt = quantizer.spec.format
+    weight = operands.canonical(operands.operand(model, site), site.layout, site.groups)
+    shape = tuple(weight.flatten(1).shape)
+    if tuple(coded["shape"]) != shape:
+        raise FewbitsError(f"the stored codes of {site.name} have shape {tuple(coded['shape'])}, its weight {shape}")
+    codes = unpack_codes(tensors[f"codes/{site.name}"], fmt.code_bits, shape, offset=fmt.code_min)
+    if codes.numel() and not fmt.code_min <= int(codes.min()) <= int(codes.max()) <= fmt.code_max:
+        raise FewbitsError(f"the stored codes of {site.name} are not those of {fmt.kind} with {fmt.bits} bits")
+    attachment.codes[site.name] = codes
+    index = tensors.get(f"group_index/{site.name}")
+    if index is not None:
+        groups = max(value.shape[-1] for value in quantizer.params.values() if value.dim())
+        fits = index.dtype == torch.int32 and index.shape == (shape[1],)
+        if not fits or (len(index) and not 0 <= int(index.min()) <= int(index.max()) < groups):
+            raise FewbitsError(f"the stored group index of {site.name} does not give each of {shape[1]} columns one of {groups} groups")
+        attachment.group_index[site.name] = index.long()
+    if coded["frozen"]:
+        operands.write(model, site, attachment.decoded(site.name).view(weight.shape))
+        attachment.freeze(site.name)
+    else:
+        attachment.decoded(site.name)  # would the parameters not fit the codes, it is said now
+        attachment.thaw(site.name)
 
 
 def assign(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a stored tensor into a parameter or buffer; a parameter the float model lacked (a bias) is created."""
+    """Put a stored tensor into a parameter or buffer; a bias the float model lacked is created."""
     path, _, leaf = name.rpartition(".")
+    root = operands.unwrapped(model)
     try:
-        module = model.get_submodule(path)
+        module = root.get_submodule(path)
     except AttributeError as error:
         raise FewbitsError(f"the stored tensor {name} belongs to a module this model does not have") from error
-    held = getattr(module, leaf, None)
+    held = module._parameters.get(leaf)
     if held is None:
-        device = next((p.device for p in module.parameters(recurse=False)), torch.device("cpu"))
-        module.register_parameter(leaf, nn.Parameter(value.to(device), requires_grad=False))
+        held = module._buffers.get(leaf)
+    if held is None:
+        weight = module._parameters.get("weight")
+        if leaf != "bias" or weight is None or value.dim() != 1 or not value.is_floating_point():
+            raise FewbitsError(f"the stored tensor {name} has no parameter or buffer in this model")
+        module.register_parameter(leaf, nn.Parameter(value.to(weight.device), requires_grad=False))
         return
-    if held.shape != value.shape:
-        raise FewbitsError(f"the stored tensor {name} has shape {tuple(value.shape)}, the model's {tuple(held.shape)}")
+    _check_like(name, held, tuple(value.shape), str(value.dtype).removeprefix("torch."))
     with torch.no_grad():
-        held.data.copy_(value)
+        held.detach().copy_(value)
+
+
+def _check_like(name: str, held: Tensor, shape: tuple[int, ...], dtype: str) -> None:
+    if tuple(held.shape) != shape:
+        raise FewbitsError(f"the stored tensor {name} has shape {shape}, the model's {tuple(held.shape)}")
+    if str(held.dtype).removeprefix("torch.") != dtype:
+        raise FewbitsError(f"the stored tensor {name} is {dtype}, the model's {str(held.dtype).removeprefix('torch.')}")
 
 
 def write(path: Path, tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
@@ -140,12 +230,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise FewbitsError(f"{path}: a safetensors file, but not one that fewbits wrote")
             described = json.loads(metadata[METADATA])
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise FewbitsError(f"{path}: damaged or truncated ({error}); restore the file or quantize again") from error
     if not isinstance(described, dict) or described.get("version") != VERSION:
-        raise FewbitsError(f"{path}: written by another version of fewbits ({described.get('version') if isinstance(described, dict) else '?'})")
-    missing = [key for key in ("quantizers", "codes", "alias", "coded") if key not in described]
-    missing += [f"codes/{site}" for site in described.get("codes", {}) if f"codes/{site}" not in tensors]
+        found = described.get("version") if isinstance(described, dict) else "?"
+        raise FewbitsError(f"{path}: written by another version of fewbits ({found})")
+    parts = ("quantizers", "codes", "alias", "coded")
+    missing = [key for key in parts if not isinstance(described.get(key), dict)]
+    if not missing:
+        missing = [f"codes/{site}" for site in described["codes"] if f"codes/{site}" not in tensors]
     if missing:
         raise FewbitsError(f"{path}: incomplete, it lacks {', '.join(missing[:3])}")
     return tensors, described

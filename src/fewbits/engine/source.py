@@ -99,16 +99,15 @@ class Streamed(Source):
         """Load everything outside the units and remember which places share a parameter."""
         self.model = model
         self.device = device
-        self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module in model.modules():
-            for name, param in module._parameters.items():
-                if param is not None:
-                    self._slots.setdefault(id(param), []).append((module, name))
-        self._twins = {id(p): n for n, p in model.named_parameters()}
-        self._glue = set(names_outside(model, units))
-        self._kept = {id(operands.parameter(model, name)) for name in self._glue}
-        self._load([name for name in self._glue])
-        for name, buffer in list(model.named_buffers()):
+        # Every place of a parameter, and its names; a tied one may be stored under any of them.
+        places: dict[int, list[str]] = {}
+        for name, held in model.named_parameters(remove_duplicate=False):
+            places.setdefault(id(held), []).append(name)
+        self._twins = {name: names for names in places.values() for name in names}
+        glue = names_outside(model, units)
+        self._kept = {twin for name in glue for twin in self._twins.get(name, [name])}
+        self._load(glue)
+        for name, buffer in model.named_buffers():
             if buffer.is_meta:
                 raise FewbitsError(
                     f"buffer {name} has no values: build the model with real buffers (only its parameters on the meta device) to stream it"
@@ -119,10 +118,9 @@ class Streamed(Source):
 
     def let_go(self, unit: Unit) -> None:
         for name in names_in(self.model, unit):
-            path, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(path)
+            module, leaf = self._place(name)
             held = module._parameters.get(leaf)
-            if held is not None and id(held) not in self._kept:
+            if held is not None and name not in self._kept:
                 module._parameters[leaf] = nn.Parameter(torch.empty_like(held, device="meta"), requires_grad=False)
 
     def remember(self, unit: Unit) -> None:
@@ -146,24 +144,18 @@ class Streamed(Source):
         return out
 
     def _load(self, names: list[str]) -> None:
-        wanted: dict[str, int] = {}
+        wanted: dict[str, str] = {}  # name -> name it is stored under
         for name in names:
-            held = operands.parameter(self.model, name)
-            if held.is_meta and id(held) not in wanted.values():
-                wanted[name] = id(held)
-        # A tied parameter may be stored under another of its names.
-        stored = {name: name if name in self.files else self._twins.get(key, name) for name, key in wanted.items()}
-        values = self.read(stored.values())
-        for name, key in wanted.items():
-            new = nn.Parameter(values[stored[name]].to(self.device), requires_grad=False)
-            kept = key in self._kept
-            slots = self._slots.get(key)
-            if slots is None:  # a parameter that was let go before
-                path, _, leaf = name.rpartition(".")
-                slots = [(self.model.get_submodule(path), leaf)]
-            for module, leaf in slots:
+            twins = self._twins.get(name, [name])
+            if operands.parameter(self.model, name).is_meta and not any(twin in wanted for twin in twins):
+                wanted[name] = next((twin for twin in twins if twin in self.files), name)
+        values = self.read(wanted.values())
+        for name, stored in wanted.items():
+            new = nn.Parameter(values[stored].to(self.device), requires_grad=False)
+            for twin in self._twins.get(name, [name]):
+                module, leaf = self._place(twin)
                 module._parameters[leaf] = new
-            if kept:
-                self._kept.add(id(new))
-            else:
-                self._slots.pop(key, None)
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(path), leaf

@@ -33,8 +33,9 @@ ELEMENTWISE = (
     SAME
     | frozenset(ACTIVATIONS)
     | frozenset(
-        "add sub rsub mul div rdiv neg pow rpow square exp exp2 log log2 sqrt abs sin cos erf where clamp maximum minimum cat stack "
-        "setitem sign floor round lerp addcmul addcdiv reciprocal expm1 log1p masked_scatter copy".split()
+        "add sub rsub mul div rdiv neg pow rpow square exp exp2 log log2 sqrt abs sin cos erf where clamp maximum "
+        "minimum cat stack setitem sign floor round lerp addcmul addcdiv reciprocal expm1 log1p masked_scatter "
+        "copy".split()
     )
 )
 _NORMS_OF = frozenset("norm vector_norm linalg_vector_norm std".split())

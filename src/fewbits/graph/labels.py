@@ -54,7 +54,7 @@ class Labels:
         return self.find(labels.reshape(-1).numpy())
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
-        """Join labels position by position (tensors that broadcast). Meeting FIXED blocks a label; WILD meets anything."""
+        """Join labels position by position (they broadcast). Meeting FIXED blocks a label; WILD meets anything."""
         first, second = _pairs(a, b)
         live_first, live_second = first >= FIRST, second >= FIRST
         self.block_classes(first[live_first & (second == FIXED)], reason)

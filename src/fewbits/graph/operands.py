@@ -17,7 +17,7 @@ def canonical(operand: Tensor, layout: str, groups: int = 1) -> Tensor:
     """(out, in, *kernel) from a call's weight operand; a view where the layout allows one.
 
     "oi" is already so; "io" (`addmm`, `x @ w`) is transposed; "io_conv" (transposed convolution, (in, out/groups, *k)) becomes
-    (out, in/groups, *k); "expert_io" (experts, in, out) becomes (experts * out, in).
+    (out, in/groups, *k); "expert_io" (experts, in, out) and "expert_oi" (experts, out, in) become (experts * out, in).
     """
     if layout == "oi":
         return operand
@@ -30,6 +30,8 @@ def canonical(operand: Tensor, layout: str, groups: int = 1) -> Tensor:
         return split.flatten(0, 1)
     if layout == "expert_io":
         return operand.transpose(-2, -1).flatten(0, 1)
+    if layout == "expert_oi":
+        return operand.flatten(0, 1)
     raise FewbitsError(f"unknown weight layout {layout!r}")
 
 
@@ -46,14 +48,24 @@ def restore(weight: Tensor, layout: str, shape: tuple[int, ...], groups: int = 1
     if layout == "expert_io":
         experts, rows, columns = shape
         return weight.view(experts, columns, rows).transpose(-2, -1)
+    if layout == "expert_oi":
+        return weight.view(shape)
     raise FewbitsError(f"unknown weight layout {layout!r}")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers (DDP, compile)."""
+    while len(model._modules) == 1:
+        inner = model._modules.get("module") or model._modules.get("_orig_mod")
+        if inner is None:
+            break
+        model = inner
+    return model
 
 
 def parameter(model: nn.Module, name: str) -> Tensor:
     """A parameter by its clean name, whatever wrapper surrounds the model. Raises `FewbitsError` if there is none."""
-    root = model
-    while hasattr(root, "module") and isinstance(root.module, nn.Module) and len(list(root.children())) == 1:
-        root = root.module
+    root = unwrapped(model)
     path, _, leaf = name.rpartition(".")
     try:
         held = getattr(root.get_submodule(path), leaf)

@@ -37,8 +37,8 @@ NORMS: dict[str, tuple[tuple[str, int], ...]] = {
     "batch_norm": (("input", 0), ("running_mean", 1), ("running_var", 2), ("weight", 3), ("bias", 4)),
 }
 ACTIVATIONS = (
-    "relu relu6 hardtanh leaky_relu prelu elu selu celu gelu silu mish sigmoid hardsigmoid hardswish tanh softplus softsign "
-    "threshold rrelu glu logsigmoid"
+    "relu relu6 hardtanh leaky_relu prelu elu selu celu gelu silu mish sigmoid hardsigmoid hardswish tanh softplus "
+    "softsign threshold rrelu glu logsigmoid"
 ).split()
 POOLS = (
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
@@ -49,25 +49,27 @@ JOINS = ("cat", "stack")
 
 #: Ops that only move elements (or cast them): a tensor laid out from a parameter stays that parameter.
 LAYOUT = frozenset(
-    "view reshape transpose permute t T mT H mH flatten unflatten unsqueeze squeeze expand contiguous chunk split unbind "
-    "getitem narrow select to float half bfloat16 double type type_as clone detach repeat repeat_interleave roll flip movedim swapaxes "
-    "swapdims view_as reshape_as expand_as data real tensor_split hsplit vsplit dsplit pixel_shuffle pixel_unshuffle "
-    "split_with_sizes alias tile moveaxis adjoint ravel broadcast_to unsafe_chunk requires_grad_ cuda cpu channel_shuffle".split()
+    "view reshape transpose permute t T mT H mH flatten unflatten unsqueeze squeeze expand contiguous chunk split "
+    "unbind getitem narrow select to float half bfloat16 double type type_as clone detach repeat repeat_interleave "
+    "roll flip movedim swapaxes swapdims view_as reshape_as expand_as data real tensor_split hsplit vsplit dsplit "
+    "pixel_shuffle pixel_unshuffle split_with_sizes alias tile moveaxis adjoint ravel broadcast_to unsafe_chunk "
+    "requires_grad_ cuda cpu channel_shuffle".split()
 )
 #: Ops that leave each element's meaning alone (identity in evaluation mode).
 IDENTITY = frozenset("dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout identity".split())
 
 #: Ops that take only the shape and type of their operand.
 CREATION = frozenset(
-    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full new_tensor "
-    "new_empty_strided shape size".split()
+    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty "
+    "new_full new_tensor new_empty_strided shape size".split()
 )
 #: Elementwise and counting ops that read parameters (biases, tables, layer scales) without being products with a
 #: weight.
 PLAIN_READERS = frozenset(
-    "add sub rsub mul div rdiv neg pow rpow where cat stack masked_fill copy lerp addcmul sum mean norm vector_norm abs max min amax amin "
-    "argmax sort topk exp log sqrt rsqrt maximum minimum clamp eq ne lt le gt ge isnan isinf isfinite any all setitem allclose equal index_select "
-    "gather take_along_dim interpolate pad numel dim size is_floating_point stride storage_offset data_ptr untyped_storage".split()
+    "add sub rsub mul div rdiv neg pow rpow where cat stack masked_fill copy lerp addcmul sum mean norm vector_norm "
+    "abs max min amax amin argmax sort topk exp log sqrt rsqrt maximum minimum clamp eq ne lt le gt ge isnan isinf "
+    "isfinite any all setitem allclose equal index_select gather take_along_dim interpolate pad numel dim size "
+    "is_floating_point stride storage_offset data_ptr untyped_storage".split()
 )
 
 #: Calls that hide several sites; `decompose` opens them.

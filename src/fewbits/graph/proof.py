@@ -296,7 +296,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 def _double(tree: Any, made: dict[int, Any] | None = None) -> Any:
-    """Every floating tensor in float64, in containers and objects (caches, image lists); what was one tensor stays one."""
+    """Every floating tensor in float64, in containers and objects (caches) too; what was one tensor stays one."""
     made = {} if made is None else made
     if isinstance(tree, Tensor):
         if not tree.is_floating_point():

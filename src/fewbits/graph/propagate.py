@@ -78,6 +78,7 @@ class Propagation:
             tuple[Tensor, Tensor, CallKey]
         ] = []  # query labels, key labels (flat, position by position), where
         self.active = graph.flow.active
+        self.partial: list[str] = []  # parameters of which the forward used a part (filled by `relations`)
         self._names = _call_names(graph)
         self._by_param: dict[str, list[Slot]] = {}
         self._views: dict[int, tuple[View | None, Tensor | None]] = {}
@@ -279,6 +280,8 @@ class Propagation:
             # tensors inside caches are the model's own business: only it reads them
             if value_id not in held or value_id in passed:
                 self.labels.block(self.of.get(value_id), "output")
+        for value_id in self.graph.escaped:
+            self.labels.block(self.of.get(value_id), "read by Python")
         for slot, other in self._clashes:
             for labels in (slot.out, slot.inputs, other.out, other.inputs):
                 self.labels.block(labels, "shared parameter")

@@ -114,6 +114,7 @@ class _Recorder(Tracer):
         self.calls: list[Call] = []
         self.values: list[Value] = []
         self.opaque: list[str] = []
+        self.escaped: list[int] = []
         self.module_calls: dict[str, int] = {}
         self._known: dict[int, tuple[int, int]] = {}  # id(tensor) -> (value id, version)
         self._held: list[Tensor] = []  # keeps ids unique while recording
@@ -237,6 +238,8 @@ class _Recorder(Tracer):
         target = args[0] if op == "setitem" else output
         leaves = [x for x in pytree.tree_leaves(target) if isinstance(x, Tensor)]
         if not leaves:
+            if op in _READS:  # the number may steer or scale anything from here on
+                self.escaped.extend(x.value for x in pytree.tree_leaves(refs, is_leaf=_is_ref) if isinstance(x, Ref))
             return output
         index = len(self.calls)
         frame = self.stack[-1] if self.stack else None
@@ -299,12 +302,29 @@ class _Recorder(Tracer):
             classes,
             self.module_calls,
             opaque=self.opaque,
+            escaped=tuple(self.escaped),
             module_io=self.module_io,
             containers=frozenset(clean(name) for name, module in named if isinstance(module, _CONTAINERS)),
             plain_containers=frozenset(clean(name) for name, module in named if _is_plain_container(module)),
         )
 
 
+#: Ops that hand a tensor's contents to Python.
+_READS = frozenset(
+    (
+        "item",
+        "tolist",
+        "numpy",
+        "__array__",
+        "__bool__",
+        "__float__",
+        "__int__",
+        "__index__",
+        "is_nonzero",
+        "equal",
+        "allclose",
+    )
+)
 #: What may stand in a unit's arguments besides tensors and containers.
 _PLAIN = (
     type(None),

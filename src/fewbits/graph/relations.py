@@ -109,7 +109,7 @@ def find_relations(graph: Graph) -> list[Relation]:
 
 
 def would_be_relations(graph: Graph, ops: Iterable[str] = REPLACEABLE) -> list[Relation]:
-    """Relations that hold once the named ops (default: ReLU6 and bounded ReLUs) are replaced (`Relation.blocked_by`)."""
+    """Relations that hold once the named ops (default: ReLU6 and bounded ReLUs) are replaced (see `blocked_by`)."""
     return _Reader(graph).relations(frozenset(ops))
 
 
@@ -127,6 +127,7 @@ def propagation(graph: Graph) -> Propagation:
     held = graph.__dict__.get("_propagation")
     if held is None:
         held = graph.__dict__["_propagation"] = propagate(graph)
+        held.partial = _extend_stacks(held)
     return held
 
 
@@ -160,7 +161,7 @@ class _Reader:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.p = propagation(graph)
-        self.partial = _extend_stacks(self.p)
+        self.partial = self.p.partial
         self.members = _members(self.p)
         self.labels = self.p.labels
         for member in self.members:
@@ -239,14 +240,14 @@ class _Reader:
         for classes, members in self._groups(keep, component):
             mine = np.zeros(n, dtype=bool)
             mine[classes] = True
-            askers, answerers = ([m for m in members if (mine & side)[m.classes].any()] for side in (on_query, on_key))
+            askers = [m for m in members if (mine & on_query)[m.classes].any()]
+            answerers = [m for m in members if (mine & on_key)[m.classes].any()]
             if askers and answerers:
                 numbers = np.unique(component[classes])
                 channel = np.full(n, -1, dtype=np.int64)
                 channel[classes] = np.searchsorted(numbers, component[classes])
-                left, right = (
-                    _cut(m, np.where(side, channel, -1)) for m, side in ((queries, on_query), (keys, on_key))
-                )
+                left = _cut(askers, np.where(on_query, channel, -1))
+                right = _cut(answerers, np.where(on_key, channel, -1))
                 made = self._finish(left, right, classes, len(numbers), frozenset(), frozenset({"query_key"}))
                 meets = dict.fromkeys(
                     key for queries_, _, key in self.p.pairs if mine[self.labels.classes(queries_)].any()
@@ -467,9 +468,16 @@ def _extend_stacks(p: Propagation) -> list[str]:
                 assert example.view is not None
                 view = (example.view[0], example.view[1], number * example.shape[1] * example.shape[2])
                 new = replace(
-                    example, name=f"{name}[{number}]", view=view, out=p.labels.fresh(len(example.out)), calls=[], bias=None, bias_index=None,
-                    inputs=None if example.inputs is None else p.labels.fresh(len(example.inputs)), order=max(s.order for s in single),
-                )  # fmt: skip
+                    example,
+                    name=f"{name}[{number}]",
+                    view=view,
+                    out=p.labels.fresh(len(example.out)),
+                    inputs=None if example.inputs is None else p.labels.fresh(len(example.inputs)),
+                    order=max(s.order for s in single),
+                    calls=[],
+                    bias=None,
+                    bias_index=None,
+                )
                 _join_if_shared(p, [s.out for s in single], new.out)
                 if new.inputs is not None:
                     _join_if_shared(p, [s.inputs for s in single if s.inputs is not None], new.inputs)

@@ -243,4 +243,4 @@ def _view(
         return None
     if operand is not source and not operand._is_view():
         return None
-    return tuple(operand.shape), tuple(operand.stride()), operand.storage_offset()
+    return tuple(operand.shape), tuple(operand.stride()), int(operand.storage_offset())

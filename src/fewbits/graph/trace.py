@@ -9,6 +9,7 @@ thread are all covered.
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -35,10 +36,11 @@ def clean(path: str) -> str:
 class Frame:
     """One running call of a module: its path and how often each op was seen in it.
 
-    `part` is the slice of a parameter stack (an expert) that the module is working on, None outside of such loops.
+    `part` is the slice of a parameter stack (an expert) that the module is working on, None outside of such loops. `raised` is the
+    exception that was being handled when the call started.
     """
 
-    __slots__ = ("counts", "module", "part", "path", "use")
+    __slots__ = ("counts", "module", "part", "path", "raised", "use")
 
     def __init__(self, path: str, module: nn.Module, use: int = 0) -> None:
         self.path = path
@@ -46,6 +48,12 @@ class Frame:
         self.counts: dict[str, int] = {}
         self.use = use
         self.part: int | None = None
+        self.raised = in_flight()
+
+
+def in_flight() -> BaseException | None:
+    """The exception being handled here, None where there is none (or inside a compiled forward, which is never left by one)."""
+    return None if torch.compiler.is_compiling() else sys.exc_info()[1]
 
 
 class _Threads(threading.local):
@@ -81,12 +89,25 @@ class _Leave:
         self.tracer.leave(module)
 
 
+#: What compiles the frames that run now: None inside a compiled graph, and where nothing is compiled at all.
+_compiler: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+
+
 class _Mode(TorchFunctionMode):
+    """Hands every torch call to the tracer.
+
+    torch.compile may compile a model's hooks and its forward one by one: the mode then stays entered while the forward's finished graph
+    runs, whose calls went through it when the graph was made and must not go through it again.
+    """
+
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.tracer = tracer
+        self.compiled = torch.compiler.is_compiling()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.compiled and not torch.compiler.is_compiling() and _compiler() is None:
+            return func(*args, **(kwargs or {}))
         return self.tracer.dispatch(self, func, args, kwargs or {})
 
 
@@ -106,8 +127,12 @@ class Tracer:
 
     # -- attaching ---------------------------------------------------------------------------------------------------
     def install(self, model: nn.Module) -> None:
-        """Hook every module. A scripted submodule refuses hooks and is reported by the caller."""
-        for path, module in model.named_modules():
+        """Hook every module but wrappers around the model. A scripted submodule refuses hooks and is reported by the caller."""
+        named = list(model.named_modules())
+        innermost = {clean(path): path for path, _ in named}
+        for path, module in named:
+            if innermost[clean(path)] != path:
+                continue  # two modules of one name would be taken for one
             self._handles.append(module.register_forward_pre_hook(_Enter(self, clean(path)), prepend=True))
             self._handles.append(module.register_forward_hook(_Leave(self), always_call=True))
 
@@ -123,6 +148,9 @@ class Tracer:
 
     def enter(self, path: str, module: nn.Module) -> None:
         stack = self.stack
+        if stack and stack[0].module is module and not _runs_twice(module):
+            self._unwind()  # an interrupt (not an Exception) ended the last forward, and no hook was told
+            stack = self.stack
         if not stack:
             mode = _Mode(self)
             _threads.modes[self._token] = mode
@@ -140,8 +168,12 @@ class Tracer:
             self.left(frame)
         finally:
             if not stack:
-                _threads.stacks.pop(self._token, None)
-                _threads.modes.pop(self._token).__exit__(None, None, None)
+                self._unwind()
+
+    def _unwind(self) -> None:
+        """Out of every module on this thread."""
+        _threads.stacks.pop(self._token, None)
+        _threads.modes.pop(self._token).__exit__(None, None, None)
 
     def started(self) -> None:
         """The outermost hooked module starts."""
@@ -192,6 +224,20 @@ class Tracer:
     ) -> Any:
         """Run the call. `key` is None for ops outside the op table; the mode is off while this runs."""
         return func(*args, **kwargs)
+
+
+def _runs_twice(module: nn.Module) -> bool:
+    """Whether a module is running inside itself (seen from one of its hooks)."""
+    count = 0
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count > 1
+
+
+_CALL = nn.Module._call_impl.__code__
 
 
 def _both_floating(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

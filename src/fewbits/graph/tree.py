@@ -129,7 +129,8 @@ def _below(name: str, unit: str) -> str:
 
 def _add_unit(tree: Tree, graph: Graph, unit: Unit, model: nn.Module | None) -> None:
     sites = graph.sites_of(unit)
-    line = f"[bold {_KINDS[unit.kind]}]{escape(unit.name or '(model)')}[/]  {escape(graph.module_classes.get(unit.name, ''))}, {unit.kind}"
+    kind_of = escape(graph.module_classes.get(unit.name, ""))
+    line = f"[bold {_KINDS[unit.kind]}]{escape(unit.name or '(model)')}[/]  {kind_of}, {unit.kind}"
     if unit.uses > 1:
         line += f", runs {unit.uses} times"
     if model is not None:

@@ -156,6 +156,7 @@ class Graph:
     module_classes: dict[str, str]
     module_calls: dict[str, int]
     sites: dict[str, Site] = field(default_factory=dict)
+    escaped: tuple[int, ...] = ()  # values whose contents Python read (`item`, `tolist`, a condition)
     opaque: list[str] = field(default_factory=list)  # composite calls nothing opens, by place
     tied: dict[str, str] = field(default_factory=dict)  # every name of a shared parameter -> its first name
     module_io: list[ModuleCall] = field(default_factory=list)  # in the order in which the calls started

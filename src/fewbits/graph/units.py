@@ -23,8 +23,8 @@ from fewbits.graph.types import Call, Graph, ModuleCall, Unit
 _DATA_SIZED = frozenset("nonzero argwhere masked_select unique unique_consecutive nms batched_nms".split())
 #: Calls that write into their first operand and so keep its size.
 _KEEPS_FIRST = frozenset(
-    "setitem index_add index_copy index_put index_fill scatter scatter_add scatter_reduce masked_scatter copy slice_scatter "
-    "select_scatter".split()
+    "setitem index_add index_copy index_put index_fill scatter scatter_add scatter_reduce masked_scatter copy "
+    "slice_scatter select_scatter".split()
 )
 
 
@@ -121,6 +121,8 @@ class _Finder:
         self._stages: dict[str, bool] = {}
         self.block_classes = self._block_classes()
         self.units: list[Unit] = []
+        self.unowned: list[str] = []
+        self.opened: dict[str, str] = {}
 
     def _node(self, path: str) -> _Node:
         node = self.nodes.get(path)
@@ -197,13 +199,12 @@ class _Finder:
 
     # -- walking down ------------------------------------------------------------------------------------------------
     def find(self, patterns: list[str]) -> list[Unit]:
-        self.graph.unowned.clear()
-        self.graph.opened.clear()
         for pattern in patterns:
             self._force(pattern)
         self._walk(self.root)
         self._mark_repeated()
         self.units.sort(key=lambda unit: unit.calls[0])
+        self.graph.unowned, self.graph.opened = self.unowned, self.opened
         return self.units
 
     def _force(self, pattern: str) -> None:
@@ -213,7 +214,7 @@ class _Finder:
         ]
         if not hits:
             raise FewbitsError(
-                f"unit pattern {pattern!r} matches no module with weights that ran; modules look like {self._examples()}"
+                f"unit pattern {pattern!r} matches no module with weights that ran; there are {self._examples()}"
             )
         for node in hits:
             reason = self._why_not(node)
@@ -252,7 +253,7 @@ class _Finder:
             return True
         reason = self._why_not(node)
         if reason:
-            self.graph.opened[node.path] = reason
+            self.opened[node.path] = reason
         return reason is not None
 
     def _wraps(self, node: _Node) -> bool:
@@ -267,7 +268,7 @@ class _Finder:
             call = self.graph.calls[index]
             name = self.graph.flow.weight_param(call) or "a computed weight"
             place = f"{call.module}.{call.op}" if call.module else call.op
-            self.graph.unowned.append(f"{place} ({name})")
+            self.unowned.append(f"{place} ({name})")
         for child in node.children:
             self._walk(child)
 

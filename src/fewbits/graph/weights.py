@@ -98,9 +98,9 @@ def _check(relation: Relation, vector: Tensor, use: str, force: bool) -> Tensor:
             f"relation {relation.name} holds only once {', '.join(sorted(relation.blocked_by))} is replaced"
         )
     if relation.uncovered and not force:
-        raise FewbitsError(
-            f"relation {relation.name}: the recorded forward did not use all of {', '.join(relation.uncovered)}; record with more data"
-        )
+        unseen = ", ".join(relation.uncovered)
+        message = f"relation {relation.name}: the recorded forward did not use all of {unseen}; record with more data"
+        raise FewbitsError(message)
     if use not in relation.permits:
         raise FewbitsError(f"relation {relation.name} permits {', '.join(sorted(relation.permits))}, not {use}")
     if tuple(vector.shape) != (relation.size,):

@@ -1,8 +1,8 @@
 """Quantized checkpoints: a directory of safetensors (codes, parameters, everything left in floating point) and readable JSON.
 
 `fewbits.json` holds the recipe and scheme, the sites that carry quantizers, how to build the architecture, versions, seed, the
-calibration fingerprint, metrics and the SHA-256 of every tensor file. Loading rebuilds the model, decodes the codes and attaches the
-quantizers; its outputs are bit-equal to those of the model that was saved.
+calibration fingerprint, metrics and the SHA-256 of every other file, and of itself. Loading rebuilds the model, decodes the codes and
+attaches the quantizers; its outputs are bit-equal to those of the model that was saved.
 """
 
 from __future__ import annotations
@@ -10,26 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from fewbits.attach import Attachment
 from fewbits.engine import snapshot
 from fewbits.engine.run import QuantizeResult, outside
 from fewbits.errors import FewbitsError
-from fewbits.graph.ops import WEIGHTED
+from fewbits.graph.ops import MATMUL, WEIGHTED
+from fewbits.graph.trace import clean
 from fewbits.graph.types import Site
 from fewbits.hub.models import from_spec, save_companions
-from fewbits.hub.output import write_json
+from fewbits.hub.output import dumps
 from fewbits.hub.references import CHECKPOINT_FILE
 
 if TYPE_CHECKING:
     from fewbits.hub.loaded import LoadedModel
 
 VERSION = 1
+#: What each key of `fewbits.json` must hold.
+_KEYS: dict[str, type] = {
+    "model": dict, "recipe": dict, "seed": int, "files": dict, "companions": dict, "sites": list, "weighted_calls": list,
+}  # fmt: skip
+_UNSIGNED = "0" * 64  # stands for the file's own checksum while that is computed
 
 
 def save(folder: Path | str, result: QuantizeResult, loaded: LoadedModel, metadata: dict[str, Any] | None = None) -> None:
@@ -39,32 +46,55 @@ def save(folder: Path | str, result: QuantizeResult, loaded: LoadedModel, metada
         raise FewbitsError(f"{folder} exists and is not empty; give another directory")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    with _removing_new_parents(folder):
+        try:
+            temporary.mkdir(parents=True)
+            _write(temporary, result, loaded, metadata or {})
+            if folder.is_dir():
+                folder.rmdir()
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(folder: Path, result: QuantizeResult, loaded: LoadedModel, metadata: dict[str, Any]) -> None:
+    files = _write_tensors(folder, result)
+    save_companions(loaded, folder)
+    others = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    attachment = result.attachment
+    products = {*WEIGHTED, *MATMUL}
+    data = {
+        "fewbits_checkpoint": VERSION,
+        "model": loaded.rebuild_spec,
+        "recipe": result.recipe.to_dict(),
+        "seed": result.seed,
+        "calibration_fingerprint": result.calibration_fingerprint,
+        "metadata": metadata,
+        "notes": result.notes,
+        "files": {name: _sha256(folder / name) for name in files},
+        "companions": {name: _sha256(folder / name) for name in others if name not in files},
+        "sites": [site.to_dict() for site, _ in attachment.items()],
+        "weighted_calls": [list(key) for key in sorted(attachment.known) if key[1].partition("@")[0] in products],
+        "checksum": _UNSIGNED,
+    }
+    text = dumps(data, indent=1)
+    head, _, tail = text.rpartition(_UNSIGNED)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / CHECKPOINT_FILE).write_text(head + digest + tail, encoding="utf-8")
+
+
+@contextmanager
+def _removing_new_parents(folder: Path) -> Iterator[None]:
+    """Take away again, on failure, the folders that had to be made for this one."""
+    new = [parent for parent in folder.absolute().parents if not parent.exists()]
     try:
-        files = _write_tensors(temporary, result)
-        attachment = result.attachment
-        known = [list(key) for key in sorted(attachment.known) if key[1].partition("@")[0] in WEIGHTED]
-        write_json(
-            temporary / CHECKPOINT_FILE,
-            {
-                "fewbits_checkpoint": VERSION,
-                "model": loaded.rebuild_spec,
-                "recipe": result.recipe.to_dict(),
-                "seed": result.seed,
-                "calibration_fingerprint": result.calibration_fingerprint,
-                "metadata": metadata or {},
-                "notes": result.notes,
-                "files": {name: _sha256(temporary / name) for name in files},
-                "sites": [site.to_dict() for site, _ in attachment.items()],
-                "weighted_calls": known,
-            },
-        )
-        save_companions(loaded, temporary)
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except BaseException:
+        for parent in new:  # innermost first
+            if not parent.is_dir() or any(parent.iterdir()):
+                break
+            parent.rmdir()
+        raise
 
 
 def load(folder: Path | str, *, code_module: str | None = None) -> LoadedModel:
@@ -75,31 +105,28 @@ def load(folder: Path | str, *, code_module: str | None = None) -> LoadedModel:
     """
     folder = Path(folder)
     described = _read_description(folder)
-    held: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = []
-    for name, expected in described["files"].items():
-        path = folder / name
-        if Path(name).name != name:
-            raise FewbitsError(f"{folder / CHECKPOINT_FILE}: file name {name!r} leads out of the checkpoint")
-        if not path.is_file():
-            raise FewbitsError(f"{path}: missing; the checkpoint is incomplete")
-        tensors, part = snapshot.read(path)
-        if _sha256(path) != expected:
-            raise FewbitsError(f"{path}: its contents are not what was saved (checksum differs); restore the file or quantize again")
-        held.append((tensors, part))
-    try:
+    source = folder / CHECKPOINT_FILE
+    for name, expected in (*described["files"].items(), *described["companions"].items()):
+        _check_file(folder, name, expected)
+    with _naming(source, "damaged list of sites"):
         sites = {data["name"]: Site.from_dict(data) for data in described["sites"]}
         known = {(str(path), str(op), int(ordinal)) for path, op, ordinal in described["weighted_calls"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise FewbitsError(f"{folder / CHECKPOINT_FILE}: damaged list of sites ({error!r})") from error
-    loaded = from_spec(described["model"], folder, code_module=code_module)
+    with _naming(source, "the model it describes cannot be built"):
+        loaded = from_spec(described["model"], folder, code_module=code_module)
     attachment = Attachment(loaded.model, sites, known)
     stored: set[str] = set()
-    for tensors, part in held:
+    for name in described["files"]:
+        tensors, part = snapshot.read(folder / name)
         stored |= {key.removeprefix("tensor/") for key in tensors if key.startswith("tensor/")} | set(part["alias"]) | set(part["coded"])
-        snapshot.put(loaded.model, attachment, tensors, part)
-    lacking = [name for name in loaded.model.state_dict() if name not in stored]
+        with _naming(folder / name, "does not fit its own model"):
+            snapshot.put(loaded.model, attachment, tensors, part)
+        del tensors
+    lacking = [name for name in map(clean, loaded.model.state_dict()) if name not in stored]
     if lacking:
         raise FewbitsError(f"{folder}: the checkpoint holds no values for {', '.join(lacking[:3])}; it does not fit its own model")
+    bare = [name for name in sites if attachment.quantizer(name) is None]
+    if bare:
+        raise FewbitsError(f"{folder}: the checkpoint holds no quantizer for {', '.join(bare[:3])}, which {source.name} lists")
     loaded.ref = str(folder)
     return loaded
 
@@ -133,16 +160,44 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FewbitsError(f"{folder}: not a fewbits checkpoint (no {CHECKPOINT_FILE})")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw = path.read_bytes()
+        data = json.loads(raw.decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise FewbitsError(f"{path}: damaged or truncated ({error})") from error
-    needed = ("model", "recipe", "files", "sites", "weighted_calls", "seed")
     if not isinstance(data, dict) or data.get("fewbits_checkpoint") != VERSION:
         raise FewbitsError(f"{path}: not a checkpoint of this version of fewbits")
-    missing = [key for key in needed if key not in data]
-    if missing:
-        raise FewbitsError(f"{path}: incomplete, it lacks {', '.join(missing)}")
+    digest = data.get("checksum")
+    if not isinstance(digest, str) or re.fullmatch("[0-9a-f]{64}", digest) is None:
+        raise FewbitsError(f"{path}: incomplete, it lacks its checksum")
+    head, _, tail = raw.rpartition(digest.encode())
+    if hashlib.sha256(head + _UNSIGNED.encode() + tail).hexdigest() != digest:
+        raise FewbitsError(f"{path}: its contents are not what was saved (checksum differs); restore the file or quantize again")
+    wrong = [key for key, kind in _KEYS.items() if not isinstance(data.get(key), kind)]
+    if wrong:
+        raise FewbitsError(f"{path}: incomplete, it lacks {', '.join(wrong)}")
     return data
+
+
+def _check_file(folder: Path, name: str, expected: Any) -> None:
+    """A file of the checkpoint must lie in it and be what was saved."""
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or not parts.parts or ".." in parts.parts or "\\" in name or "\0" in name:
+        raise FewbitsError(f"{folder / CHECKPOINT_FILE}: file name {name!r} leads out of the checkpoint")
+    path = folder / name
+    if not path.is_file():
+        raise FewbitsError(f"{path}: missing; the checkpoint is incomplete")
+    if _sha256(path) != expected:
+        raise FewbitsError(f"{path}: its contents are not what was saved (checksum differs); restore the file or quantize again")
+
+
+@contextmanager
+def _naming(path: Path, what: str) -> Iterator[None]:
+    """Turn what goes wrong with a file's contents into one FewbitsError that names the file."""
+    try:
+        yield
+    except (FewbitsError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = str(error) if isinstance(error, FewbitsError) else repr(error)
+        raise FewbitsError(f"{path}: {what}: {reason}") from error
 
 
 def _sha256(path: Path) -> str:

@@ -19,7 +19,10 @@ def quantized(report: dict[str, Any], console: Console) -> None:
     """Before and after, what it cost, and the notes."""
     from rich.table import Table
 
-    table = Table(title=f"{report['model']}: {report['recipe']} {report['bits']}", title_justify="left")
+    console.print(
+        f"{report['model']}: {report['recipe']} {report['bits']}", soft_wrap=True, highlight=False, markup=False
+    )
+    table = Table()
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
     if report["metric"]:
