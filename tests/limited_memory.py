@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ def main(folder: Path) -> None:
         try:
             work()
         except (MemoryError, RuntimeError) as error:
+            traceback.print_exc()
             return "MemoryError" if isinstance(error, MemoryError) or "memory" in str(error) else repr(error)
         return "ok"
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
 from fewbits.graph.operands import canonical, restore
-from fewbits.graph.ops import MATMUL, WEIGHTED, bind, rebind
+from fewbits.graph.ops import MATMUL, SLOTS, WEIGHTED, bind, rebind
 from fewbits.graph.trace import Frame, Tracer, in_flight
 from fewbits.graph.types import CallKey, Site
 from fewbits.quantizer import Quantizer
@@ -232,21 +233,23 @@ class Attachment(Tracer):
         for slot, (quantizer, site) in plan.quantizers.items():
             if slot != "output":
                 changed[slot] = self._quantize(quantizer, site, bound[slot])
+        target = None
+        if plan.quantizers and _writes_in_place(func, args, kwargs) and SLOTS[op][0][1] == 0:
+            # The op works on a copy and the tensor it was called with gets the final values: others hold that tensor.
+            slot = SLOTS[op][0][0]
+            target = bound[slot]
+            if changed.get(slot, target) is target:
+                changed[slot] = target.clone()
         if changed:
             args, kwargs = rebind(op, args, kwargs, changed)
         output = func(*args, **kwargs)
-        for slot, copied in changed.items():
-            if output is copied and copied is not bound[slot]:  # the op wrote in place: others hold the tensor it was called with
-                output = bound[slot].copy_(output)
         if "output" in plan.observers:
             for function in plan.observers["output"]:
                 function(output)
         if "output" in plan.quantizers:
             quantizer, site = plan.quantizers["output"]
-            result = self._quantize(quantizer, site, output)
-            in_place = any(output is value for value in bound.values())
-            output = output.copy_(result) if in_place else result
-        return output
+            output = self._quantize(quantizer, site, output)
+        return output if target is None else target.copy_(output)
 
     def _unrecorded(self, op: str, key: CallKey | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call multiplies by a parameter and was not seen when the model was recorded."""
@@ -304,6 +307,23 @@ def _part_ran(frame: Frame, op: str) -> bool:
 
 def _part(op: str) -> str:
     return op.rpartition("@")[2].rpartition(".")[2]
+
+
+def _writes_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call changes its first tensor: `x.add_(y)`, `x += y`, `F.relu(x, inplace=True)`."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):
+        return True
+    place = _INPLACE_AT.get(name)
+    return place is not None and place < len(args) and args[place] is True
+
+
+#: Where functions that `torch.nn` calls without keywords take `inplace`.
+_INPLACE_AT = {
+    name: list(inspect.signature(function).parameters).index("inplace")
+    for name, function in vars(F).items()
+    if inspect.isfunction(function) and "inplace" in inspect.signature(function).parameters
+}
 
 
 def _is_parameter(value: Any) -> bool:
