@@ -539,7 +539,6 @@ def test_attention_products_are_quantized(kind: str) -> None:
 @pytest.mark.parametrize("cross", [False, True])
 def test_multihead_attention_is_quantized_inside(cross: bool) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential()
     model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
     x = torch.randn(2, 5, 8)
     other = torch.randn(2, 6, 8) if cross else x
@@ -668,13 +667,13 @@ def test_ops_in_place_change_the_tensor_they_were_called_with() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(8, 8)
+            self.layer, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.layer(x)
             y.add_(x)
-            F.relu_(y)
-            return y * 1
+            F.relu(y, True)
+            return self.last(y)
 
     torch.manual_seed(0)
     model = InPlace().eval()
@@ -682,10 +681,19 @@ def test_ops_in_place_change_the_tensor_they_were_called_with() -> None:
     attachment = attach(model, X, wanted=lambda site: site.role in roles.get(site.op, ()))
     held = {site.name: quantizer for site, quantizer in attachment.items()}
     assert len(held) == 3
-    with attachment.disabled():
-        y = run(model.layer, X)
-        want = run(model.last, held["relu.output"](F.relu(held["add.lhs"](y) + held["add.rhs"](X))))
+
+    def expected(x: Tensor) -> Tensor:
+        y = model.layer(x)
+        return model.last(held["relu.output"](F.relu(held["add.lhs"](y) + held["add.rhs"](x))))
+
+    with torch.no_grad(), attachment.disabled():
+        want = expected(X)
     assert torch.equal(run(model, X), want)
+    x, twin = X.clone().requires_grad_(True), X.clone().requires_grad_(True)  # gradients too
+    model(x).square().sum().backward()
+    with attachment.disabled():
+        expected(twin).square().sum().backward()
+    assert x.grad is not None and twin.grad is not None and bool(x.grad.any()) and torch.equal(x.grad, twin.grad)
 
 
 def test_observers_nest_and_see_the_tensor_before_its_quantizer() -> None:

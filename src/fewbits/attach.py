@@ -6,6 +6,7 @@ compares the sites that ran with the sites that were recorded, so nothing runs s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -124,8 +125,8 @@ class Attachment(Tracer):
         self._plan(place.key)
 
     def forget_codes(self, sites: Iterable[str]) -> None:
-        """Drop committed codes that are safe on disk; the decoded weights stay in effect."""
-        for site in sites:
+        """Drop committed codes that are safe on disk; the decoded weights stay in effect (codes that the forward decodes are kept)."""
+        for site in self.frozen.intersection(sites):
             self.codes.pop(site, None)
             self.group_index.pop(site, None)
 
