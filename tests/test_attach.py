@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo_tiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import zoo_tiny
 from fewbits.attach import Attachment, attachment_of
 from fewbits.errors import FewbitsError
 from fewbits.formats import PerChannel, PerTensor, affine
@@ -39,7 +39,9 @@ def weights_only(site: Site) -> bool:
     return site.role == "weight" and site.op != "embedding" and not site.used_by
 
 
-def attach(model: nn.Module, *args: Any, wanted: Callable[[Site], bool] = everything, freeze: bool = False, **kwargs: Any) -> Attachment:
+def attach(
+    model: nn.Module, *args: Any, wanted: Callable[[Site], bool] = everything, freeze: bool = False, **kwargs: Any
+) -> Attachment:
     """Quantizers at the wanted sites, fitted on one forward of these inputs."""
     graph = record(model, *args, **kwargs)
     attachment = Attachment(model, graph.sites, {call.key for call in graph.calls if call.key is not None})
@@ -120,7 +122,7 @@ def net(**options: Any) -> Net:
     return Net(**options).eval()
 
 
-# -- what an attached model keeps ----------------------------------------------------------------------------------------
+# -- what an attached model keeps -----------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["timm-vit", "timm-swin", "torchvision-vit", "hf-llama", "hf-gpt2"])
 def test_class_and_state_dict_stay(name: str) -> None:
     model, args, kwargs = zoo_tiny.MODELS[name]()
@@ -150,7 +152,13 @@ def test_generate_takes_the_tokens_of_full_forwards(name: str, cache: str) -> No
     for _ in range(steps):
         logits = run(model, input_ids=manual, use_cache=False)
         manual = torch.cat([manual, logits[:, -1:].argmax(-1)], 1)
-    options = dict(do_sample=False, max_new_tokens=steps, min_new_tokens=steps, eos_token_id=None, pad_token_id=0)
+    options = {
+        "do_sample": False,
+        "max_new_tokens": steps,
+        "min_new_tokens": steps,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     made = model.generate(ids, **options, **({"cache_implementation": "static"} if cache == "static" else {}))
     assert torch.equal(made, manual)
     with torch.no_grad():  # one prefill, then one token at a time
@@ -216,7 +224,13 @@ def test_another_thread_quantizes_too() -> None:
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [("net", "eager"), ("net", "aot_eager"), ("rooted", "eager"), ("timm-vit", "eager"), pytest.param("hf-llama", "eager", marks=pytest.mark.slow)],
+    [
+        ("net", "eager"),
+        ("net", "aot_eager"),
+        ("rooted", "eager"),
+        ("timm-vit", "eager"),
+        pytest.param("hf-llama", "eager", marks=pytest.mark.slow),
+    ],
 )
 def test_compile_gives_the_same_values_in_one_graph(name: str, backend: str) -> None:
     if name in ("net", "rooted"):
@@ -350,7 +364,7 @@ def test_ddp_prefixes_and_wrappers() -> None:
         attach(Wrapper(plain), X)
 
 
-# -- the ledger ------------------------------------------------------------------------------------------------------
+# -- the ledger -----------------------------------------------------------------------------------------
 class Switch(nn.Module):
     """Ops that run or not by a flag."""
 
@@ -385,7 +399,7 @@ def test_a_planned_site_that_does_not_run_raises() -> None:
     attachment = attach(model, X)
     run(model, X)
     model.product = False
-    with pytest.raises(FewbitsError, match="matmul.*did not run"):
+    with pytest.raises(FewbitsError, match=r"matmul.*did not run"):
         run(model, X)
     with attachment.disabled():
         run(model, X)
@@ -477,7 +491,9 @@ def test_experts_without_tokens_do_not_raise() -> None:
     module = next(m for name, m in model.named_modules() if name == experts[0].module)
     original = type(module).forward
 
-    def forward(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:  # an expert that skips its second product
+    def forward(
+        self: Any, x: Tensor, index: Tensor, weights: Tensor
+    ) -> Tensor:  # an expert that skips its second product
         F.linear(x, self.gate_up_proj[0])
         return x
 
@@ -490,7 +506,7 @@ def test_experts_without_tokens_do_not_raise() -> None:
     assert type(module).forward is original
 
 
-# -- where quantizers act ------------------------------------------------------------------------------------------------
+# -- where quantizers act -------------------------------------------------------------------------------
 def _attention(q: Tensor, k: Tensor, v: Tensor, quantize: Callable[[str, Tensor], Tensor], scale_first: bool) -> Tensor:
     """softmax(q k^T / sqrt d) v with the four operands quantized."""
     factor = 1 / math.sqrt(q.shape[-1])
@@ -628,7 +644,9 @@ def test_channel_scales_are_per_output_channel(kind: str, freeze: bool) -> None:
     (site, quantizer), *none = list(attachment.items())
     assert not none
     want = affine(4).quantize(before, affine(4).from_range(before.amin(1, keepdim=True), before.amax(1, keepdim=True)))
-    torch.testing.assert_close(quantizer(operands.canonical(operands.operand(model, site), site.layout, site.groups).flatten(1)), want)
+    torch.testing.assert_close(
+        quantizer(operands.canonical(operands.operand(model, site), site.layout, site.groups).flatten(1)), want
+    )
     got = run(model, X)
     attachment.detach()
     with torch.no_grad():

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-import zoo_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import zoo_tiny
 from fewbits.attach import attachment_of
 from fewbits.engine import quantize, snapshot
 from fewbits.errors import FewbitsError
@@ -28,12 +28,18 @@ from fewbits.hub import checkpoint
 from fewbits.hub.loaded import LoadedModel, plain
 from fewbits.recipe import QSpec, Scheme
 
-_VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=10)
-_SWIN = dict(img_size=32, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=10)
-_RESNET = dict(layers=[1, 1, 1, 1], channels=(8, 12, 16, 24), stem_width=8, num_classes=10)
-_LLAMA = dict(
-    vocab_size=64, hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32
-)
+_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
+_SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 10}
+_RESNET = {"layers": [1, 1, 1, 1], "channels": (8, 12, 16, 24), "stem_width": 8, "num_classes": 10}
+_LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
 
 
 def _timm(architecture: str, **args: Any) -> LoadedModel:
@@ -51,12 +57,19 @@ def _llama(**changes: Any) -> LoadedModel:
     torch.manual_seed(0)
     config = LlamaConfig(**{**_LLAMA, **changes}, architectures=["LlamaForCausalLM"])
     model = zoo_tiny._liven(LlamaForCausalLM(config))
-    spec = {"kind": "transformers", "class": "LlamaForCausalLM", "config": config.to_dict(), "attention": config._attn_implementation}
+    spec = {
+        "kind": "transformers",
+        "class": "LlamaForCausalLM",
+        "config": config.to_dict(),
+        "attention": config._attn_implementation,
+    }
     return _loaded(model, plain(spec), "text-generation")
 
 
 def _loaded(model: nn.Module, spec: dict[str, Any], domain: str) -> LoadedModel:
-    spec = plain({**spec, "ref": "here", "domain": domain, "dtype": "float32", "preprocessing": None, "model_config": {}})
+    spec = plain(
+        {**spec, "ref": "here", "domain": domain, "dtype": "float32", "preprocessing": None, "model_config": {}}
+    )
     return LoadedModel("here", spec["kind"], model, domain, {}, spec)
 
 
@@ -112,7 +125,8 @@ for folder, given, out in json.loads(sys.argv[1]):
     model = checkpoint.load(folder).model
     batches = load_file(given)
     with torch.no_grad():
-        got = {k.split("/")[0]: model(**{k.split("/")[1]: v}) if k.split("/")[1] else model(v) for k, v in batches.items()}
+        names = {k: k.split("/") for k in batches}
+        got = {names[k][0]: model(**{names[k][1]: v}) if names[k][1] else model(v) for k, v in batches.items()}
     save_file({k: (v if isinstance(v, torch.Tensor) else v[0]).contiguous() for k, v in got.items()}, out)
 """
 
@@ -123,7 +137,10 @@ def test_a_fresh_process_gives_the_same_bits(made: Any, tmp_path: Path) -> None:
         result, _loaded_model, folder = made(case)
         batches = data()
         want[case] = outputs(result.model, batches)
-        given = {f"{n}/{'input_ids' if isinstance(b, dict) else ''}": b["input_ids"] if isinstance(b, dict) else b for n, b in enumerate(batches)}
+        given = {
+            f"{n}/{'input_ids' if isinstance(b, dict) else ''}": b["input_ids"] if isinstance(b, dict) else b
+            for n, b in enumerate(batches)
+        }
         save_file(given, tmp_path / f"{case}.in")
         jobs.append([str(folder), str(tmp_path / f"{case}.in"), str(tmp_path / f"{case}.out")])
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -161,7 +178,10 @@ def test_loading_restores_quantizers_codes_and_names(case: str, made: Any) -> No
     if case == "llama-gptq-order":
         assert ours.group_index and any(not torch.equal(i, i.sort().values) for i in ours.group_index.values())
     if case == "llama-tied-head":
-        assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight and "lm_head.weight" not in theirs.frozen
+        assert (
+            loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+            and "lm_head.weight" not in theirs.frozen
+        )
     # loaded, copied and saved once more
     folder2 = folder.with_name(folder.name + "-again")
     twin = copy.deepcopy(loaded.model)
@@ -182,7 +202,9 @@ def test_size_on_disk_is_what_the_bits_say(case: str, made: Any) -> None:
             spec = quantizer.spec
             expected += codes.numel() * spec.format.code_bits / 8
             expected += sum(4 * value.numel() for value in quantizer.params.values())
-            assert storage_bits(spec.format, spec.granularity, codes.shape) / 8 <= codes.numel() * spec.format.code_bits / 8 + sum(
+            assert storage_bits(
+                spec.format, spec.granularity, codes.shape
+            ) / 8 <= codes.numel() * spec.format.code_bits / 8 + sum(
                 4 * value.numel() for value in quantizer.params.values()
             )
             expected += 4 * codes.shape[1] if site.name in result.attachment.group_index else 0
@@ -253,7 +275,12 @@ def test_truncation_anywhere(copied: Path, name: str) -> None:
 def test_a_flipped_byte_anywhere(copied: Path, name: str) -> None:
     raw = (copied / name).read_bytes()
     header = 8 + int.from_bytes(raw[:8], "little") if name.endswith("safetensors") else 0
-    places = {*range(0, min(len(raw), 40)), *range(0, len(raw), max(1, len(raw) // 60)), *range(0, header, max(1, header // 20)), len(raw) - 1}
+    places = {
+        *range(min(len(raw), 40)),
+        *range(0, len(raw), max(1, len(raw) // 60)),
+        *range(0, header, max(1, header // 20)),
+        len(raw) - 1,
+    }
     for number, place in enumerate(sorted(places)):
         bad = bytearray(raw)
         bad[place] ^= (0x01, 0x20, 0xFF)[number % 3]
@@ -264,7 +291,12 @@ def test_a_flipped_byte_anywhere(copied: Path, name: str) -> None:
 def test_every_digit_and_letter_of_the_json_counts(copied: Path) -> None:
     path = copied / "fewbits.json"
     text = path.read_text()
-    for old, new in (('"seed": 0', '"seed": 1'), ('"dtype": "float32"', '"dtype": "float16"'), ("0.5", "0.6"), ("\n", "\n ")):
+    for old, new in (
+        ('"seed": 0', '"seed": 1'),
+        ('"dtype": "float32"', '"dtype": "float16"'),
+        ("0.5", "0.6"),
+        ("\n", "\n "),
+    ):
         assert old in text
         path.write_text(text.replace(old, new, 1))
         with pytest.raises(FewbitsError, match="checksum differs"):
@@ -275,7 +307,9 @@ def resign(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change fewbits.json as an attacker (or a buggy writer) would: with right checksums."""
     path = folder / "fewbits.json"
     data = json.loads(path.read_text())
-    data["files"] = {name: checkpoint._sha256(folder / name) if (folder / name).is_file() else "" for name in data["files"]}
+    data["files"] = {
+        name: checkpoint._sha256(folder / name) if (folder / name).is_file() else "" for name in data["files"]
+    }
     change(data)
     data["checksum"] = "0" * 64
     text = json.dumps(data)
@@ -317,7 +351,9 @@ def test_a_foreign_description(copied: Path, change: Callable[[dict[str, Any]], 
     refused(copied, str(copied), *words)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"fewbits_checkpoint": 1}', "[" * 100_000, "\x00\xff", '{"a": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '{"fewbits_checkpoint": 1}', "[" * 100_000, "\x00\xff", '{"a": 1}']
+)
 def test_foreign_json(copied: Path, text: str) -> None:
     (copied / "fewbits.json").write_bytes(text.encode("latin-1"))
     refused(copied, "fewbits.json")
@@ -341,7 +377,12 @@ QKV = "blocks.0.attn.qkv.weight"
         (lambda t, d: t.pop(f"codes/{QKV}"), (f"codes/{QKV}",)),
         (lambda t, d: t.pop(f"quantizer/{QKV}/scale"), (QKV, "scale")),
         (lambda t, d: t.update({f"quantizer/{QKV}/scale": torch.ones(3, 1)}), (QKV,)),
-        (lambda t, d: t.update({f"quantizer/{QKV}/scale": torch.full_like(t[f"quantizer/{QKV}/scale"], float("nan"))}), (QKV,)),
+        (
+            lambda t, d: t.update(
+                {f"quantizer/{QKV}/scale": torch.full_like(t[f"quantizer/{QKV}/scale"], float("nan"))}
+            ),
+            (QKV,),
+        ),
         (lambda t, d: t.update({f"quantizer/{QKV.replace('weight', 'input')}/scale": torch.ones(7)}), ("qkv.input",)),
         (lambda t, d: t.update({f"quantizer/{QKV}/scale": t[f"quantizer/{QKV}/scale"].double()}), (QKV, "float64")),
         (lambda t, d: t.update({f"codes/{QKV}": t[f"codes/{QKV}"][:-1].clone()}), ("packed codes",)),
@@ -364,7 +405,9 @@ QKV = "blocks.0.attn.qkv.weight"
         (lambda t, d: d["alias"].update({"pos_embed": "nothing"}), ("pos_embed", "nothing")),
     ],
 )
-def test_foreign_contents(copied: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None], words: tuple[str, ...]) -> None:
+def test_foreign_contents(
+    copied: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None], words: tuple[str, ...]
+) -> None:
     rewrite(copied, change)
     refused(copied, str(copied), *words)
 
@@ -389,7 +432,9 @@ def test_nothing_is_pickled(made: Any) -> None:
 # -- saving ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("where", ["take", "write", "companions", "json", "replace"])
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_failed_save_leaves_nothing(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, exists: bool) -> None:
+def test_a_failed_save_leaves_nothing(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, exists: bool
+) -> None:
     result, loaded, _ = made("vit-rtn")
 
     def fails(*args: Any, **kwargs: Any) -> None:

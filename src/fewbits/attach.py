@@ -1,7 +1,7 @@
 """The run-time mode: quantizers at sites of any eager model, without swapping a module.
 
-An attached model keeps its class, its `state_dict` keys and its `generate`. Quantizers live beside it, keyed by site name; a ledger
-compares the sites that ran with the sites that were recorded, so nothing runs silently unquantized.
+An attached model keeps its class, its `state_dict` keys and its `generate`. Quantizers live beside it, keyed by site
+name; a ledger compares the sites that ran with the sites that were recorded, so nothing runs silently unquantized.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ class _Plan:
 class Attachment(Tracer):
     """Quantizers at the sites of one model, applied in its forward.
 
-    `quantizers` maps site names (with `.` written `/`, as `nn.ModuleDict` demands) to `Quantizer`s. `codes` are the integer codes of
-    committed weights: what they decode to is what runs. A committed weight whose decoded values already sit in the parameter is *frozen*:
-    it is listed in `frozen` and costs nothing at run time; any other is put in place of the parameter in the forward. `known` are the
-    calls seen when the model was recorded; another weighted one running is an error. `skipped` are modules whose forward the engine
-    replays.
+    `quantizers` maps site names (with `.` written `/`, as `nn.ModuleDict` demands) to `Quantizer`s. `codes` are the
+    integer codes of committed weights: what they decode to is what runs. A committed weight whose decoded values
+    already sit in the parameter is *frozen*: it is listed in `frozen` and costs nothing at run time; any other is put
+    in place of the parameter in the forward. `known` are the calls seen when the model was recorded; another weighted
+    one running is an error. `skipped` are modules whose forward the engine replays.
 
-    A copy of the model (`copy.deepcopy`) has its own attachment. Quantizers follow the tensors they meet to another device.
+    A copy of the model (`copy.deepcopy`) has its own attachment. Quantizers follow the tensors they meet to another
+    device.
     """
 
     def __init__(self, model: nn.Module, sites: dict[str, Site], known: set[CallKey]) -> None:
@@ -82,7 +83,8 @@ class Attachment(Tracer):
     # -- quantizers --------------------------------------------------------------------------------------------------
     def quantizer(self, site: str) -> Quantizer | None:
         key = site.replace(".", "/")
-        return self.quantizers[key] if key in self.quantizers else None  # type: ignore[return-value]
+        held = self.quantizers
+        return held[key] if key in held else None  # type: ignore[return-value]  # noqa: SIM401 (has no get)
 
     def set_quantizer(self, site: str, quantizer: Quantizer | None) -> None:
         """Put a quantizer at a site, or take it away. Codes committed on the quantizer before are forgotten.
@@ -125,13 +127,19 @@ class Attachment(Tracer):
         self._plan(place.key)
 
     def forget_codes(self, sites: Iterable[str]) -> None:
-        """Drop committed codes that are safe on disk; the decoded weights stay in effect (codes that the forward decodes are kept)."""
+        """Drop committed codes that are safe on disk.
+
+        The decoded weights stay in effect; codes that the forward itself decodes are kept.
+        """
         for site in self.frozen.intersection(sites):
             self.codes.pop(site, None)
             self.group_index.pop(site, None)
 
     def thaw(self, site: str) -> None:
-        """Say that the parameter does not hold the quantized values: the forward makes them, from the codes where some are committed."""
+        """Say that the parameter does not hold the quantized values.
+
+        The forward makes them, from the codes where some are committed.
+        """
         place = self._site(site)
         self.frozen.discard(site)
         self._plan(place.key)
@@ -191,7 +199,12 @@ class Attachment(Tracer):
         plan = _Plan()
         for site in self._sites_at[key]:
             quantizer = self.quantizer(site.name) if self.enabled else None
-            if quantizer is not None and quantizer.enabled and site.name not in self.frozen and (self.activations or site.role == "weight"):
+            if (
+                quantizer is not None
+                and quantizer.enabled
+                and site.name not in self.frozen
+                and (self.activations or site.role == "weight")
+            ):
                 plan.quantizers[site.slot] = (quantizer, site)
             for observers in self._watching:
                 if site.name in observers:
@@ -225,7 +238,9 @@ class Attachment(Tracer):
         bound = bind(op, args, kwargs)
         for slot in (*plan.observers, *plan.quantizers):
             if slot != "output" and not isinstance(bound.get(slot), Tensor):
-                raise FewbitsError(f"{'.'.join(map(str, key or ()))}: this call passes no tensor as {slot}, the recorded one did")
+                raise FewbitsError(
+                    f"{'.'.join(map(str, key or ()))}: this call passes no tensor as {slot}, the recorded one did"
+                )
         changed: dict[str, Any] = {}
         for slot, functions in plan.observers.items():
             if slot != "output":
@@ -257,10 +272,16 @@ class Attachment(Tracer):
         if not self.enabled or not len(self.quantizers):
             return False
         if key is None:
-            return op == "multi_head_attention_forward" and bool(self.stack) and self.stack[-1].path not in self._known_paths
+            return (
+                op == "multi_head_attention_forward"
+                and bool(self.stack)
+                and self.stack[-1].path not in self._known_paths
+            )
         if key in self.known:
             return False
-        return op in WEIGHTED or (op in MATMUL and any(_is_parameter(value) for value in bind(op, args, kwargs).values()))
+        return op in WEIGHTED or (
+            op in MATMUL and any(_is_parameter(value) for value in bind(op, args, kwargs).values())
+        )
 
     def _quantize(self, quantizer: Quantizer, site: Site, x: Tensor) -> Tensor:
         _follow(quantizer, x)
@@ -271,7 +292,8 @@ class Attachment(Tracer):
             else:
                 made = quantizer(weight.flatten(1))
             made = restore(made.view(weight.shape), site.layout, tuple(x.shape), site.groups)
-            return made.contiguous() if x.is_contiguous() else made  # as it lies in memory, so that the same kernel multiplies
+            # laid out as the parameter is, so that the same kernel multiplies
+            return made.contiguous() if x.is_contiguous() else made
         if site.name in self.calibrating:
             self.calibrating.discard(site.name)
             quantizer.calibrate(x.detach())
@@ -295,13 +317,16 @@ class Attachment(Tracer):
             if not plan.quantizers or frame.counts.get(op, 0) > ordinal or ("@" in op and not _part_ran(frame, op)):
                 continue
             raise FewbitsError(
-                f"{frame.path or 'the model'}: the quantized op {op} (number {ordinal}) did not run in this forward, so its site "
-                "would be silently skipped; record the model with inputs of this kind"
+                f"{frame.path or 'the model'}: the quantized op {op} (number {ordinal}) did not run in this forward, "
+                "so its site would be silently skipped; record the model with inputs of this kind"
             )
 
 
 def _part_ran(frame: Frame, op: str) -> bool:
-    """Whether anything ran on the slice of a parameter stack that `op` works on: an expert that got no token runs nothing."""
+    """Whether anything ran on the slice of a parameter stack that `op` works on.
+
+    An expert that got no token runs nothing.
+    """
     part = _part(op)
     return any("@" in other and _part(other) == part for other in frame.counts)
 
@@ -312,12 +337,22 @@ def _part(op: str) -> str:
 
 def _writes_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call changes its first tensor: `x.add_(y)`, `x += y`, `F.relu(x, inplace=True)`."""
-    name = getattr(func, "__name__", "")
-    if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):
-        return True
-    place = _INPLACE_AT.get(name)
-    return place is not None and place < len(args) and args[place] is True
+    place = _inplace_at(func)
+    return (
+        place == -1 or bool(kwargs.get("inplace")) or (place is not None and place < len(args) and args[place] is True)
+    )
 
+
+def _inplace_at(func: Callable[..., Any]) -> int | None:
+    """Position of a function's `inplace` argument: -1 where it always writes in place, None where it has none."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")):
+        return -1
+    return _INPLACE_AT.get(name)
+
+
+# as `ops.canonical`
+_inplace_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 #: Where functions that `torch.nn` calls without keywords take `inplace`.
 _INPLACE_AT = {

@@ -61,7 +61,7 @@ class Replay:
                     return map_tensors(torch.clone, out) if self.copies else out
                 if key in self._shapes:
                     poisoned.append(unit.name)
-                    return map_tensors(_poison, self._shapes[key])
+                    return map_tensors(lambda t: _poison(t, self.store.device), self._shapes[key])
                 return original(*args, **kwargs)
             if position == goal:
                 self._check_plain(unit, (args, kwargs))
@@ -132,9 +132,9 @@ class Replay:
                 )
 
 
-def _poison(shape: Tensor) -> Tensor:
+def _poison(shape: Tensor, device: torch.device) -> Tensor:
     value = float("nan") if shape.is_floating_point() else 0
-    return torch.full(shape.shape, value, dtype=shape.dtype)
+    return torch.full(shape.shape, value, dtype=shape.dtype, device=device)
 
 
 def _last_readers(graph: Graph, units: list[Unit]) -> dict[str, int]:

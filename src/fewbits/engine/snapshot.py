@@ -1,6 +1,7 @@
-"""A part of a quantized model as tensors plus JSON: what a commit writes, a resumed run reads and a checkpoint is made of.
+"""A part of a quantized model as tensors plus JSON.
 
-Weights whose quantized values are final are stored as packed integer codes with their parameters; everything else as it is.
+This is what a commit writes, what a resumed run reads and what a checkpoint is made of. Weights whose quantized values
+are final are stored as packed integer codes with their parameters; everything else as it is.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def take(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, description) of the named parameters and buffers and of the quantizers at `sites`.
 
-    A parameter that committed codes cover is left out (`coded`), one that shares its memory with another is named as its `alias`.
+    A parameter that committed codes cover is left out (`coded`), one that shares its memory with another is named as
+    its `alias`.
     """
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {"version": VERSION, "quantizers": {}, "codes": {}, "alias": {}, "coded": {}}
@@ -80,7 +82,8 @@ def take(
 
 def _memory(value: Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same view of the same memory."""
-    return value.device, value.untyped_storage().data_ptr(), value.storage_offset(), value.dtype, value.shape, value.stride()
+    place = value.device, value.untyped_storage().data_ptr(), value.storage_offset()
+    return *place, value.dtype, value.shape, value.stride()
 
 
 def put(
@@ -167,7 +170,9 @@ def _put_codes(
         groups = max(value.shape[-1] for value in quantizer.params.values() if value.dim())
         fits = index.dtype == torch.int32 and index.shape == (shape[1],)
         if not fits or (len(index) and not 0 <= int(index.min()) <= int(index.max()) < groups):
-            raise FewbitsError(f"the stored group index of {site.name} does not give each of {shape[1]} columns one of {groups} groups")
+            raise FewbitsError(
+                f"the stored group index of {site.name} does not give each of {shape[1]} columns one of {groups} groups"
+            )
         attachment.group_index[site.name] = index.long()
     if coded["frozen"]:
         operands.write(model, site, attachment.decoded(site.name).view(weight.shape))
@@ -185,7 +190,7 @@ def assign(model: nn.Module, name: str, value: Tensor) -> None:
         module = root.get_submodule(path)
     except AttributeError as error:
         raise FewbitsError(f"the stored tensor {name} belongs to a module this model does not have") from error
-    held = module._parameters.get(leaf)
+    held: Tensor | None = module._parameters.get(leaf)
     if held is None:
         held = module._buffers.get(leaf)
     if held is None:
@@ -229,7 +234,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if METADATA not in metadata:
                 raise FewbitsError(f"{path}: a safetensors file, but not one that fewbits wrote")
             described = json.loads(metadata[METADATA])
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (a file, not a dict)
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise FewbitsError(f"{path}: damaged or truncated ({error}); restore the file or quantize again") from error
     if not isinstance(described, dict) or described.get("version") != VERSION:

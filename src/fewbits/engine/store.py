@@ -53,6 +53,7 @@ class ActivationStore:
     """Trees of tensors by key. `get` brings back exactly what was put, on the device it came from."""
 
     def __init__(self, budget: Budget, device: torch.device) -> None:
+        self.device = device
         self.device_limit, self.host_limit = budget.resolve(device)
         self._folder = Path(tempfile.mkdtemp(prefix="fewbits-activations-", dir=budget.folder))
         self._entries: dict[Key, _Entry] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from fewbits.graph.ops import ACTIVATIONS, IDENTITY, LAYOUT, MATMUL, NORMS
 from fewbits.graph.flow import Flow
-from fewbits.graph.types import Call, Graph, Site
+from fewbits.graph.types import Call, Graph, Ref, Site
 
 _FOLLOWS = frozenset((*NORMS, *ACTIVATIONS))
 #: Ops that leave values on the grid they are on.
@@ -24,10 +24,7 @@ def tag_positions(graph: Graph, sites: dict[str, Site]) -> None:
     layers = [call for call in weighted if call.op != "embedding"]
     first = _without_earlier(graph, weighted)
     last = _without_later(graph, flow, layers)
-    tokens = {value for value in graph.inputs if not graph.values[value].dtype.is_floating_point}
-    embedded = any(
-        call.op == "embedding" and any(ref.value in tokens for ref in call.refs()) for call in weighted
-    )
+    embedded = any(call.op == "embedding" and _from_tokens(graph, call) for call in weighted)
     ends = {call.index: layer_output(graph, flow, call) for call in layers if call.index not in last}
     outputs = set(ends.values())
     first_outputs = {ends[index] for index in first if index in ends}
@@ -86,6 +83,25 @@ def following_activation(graph: Graph, call: Call) -> list[Call]:
             return chain
         current = after
     return []
+
+
+def _from_tokens(graph: Graph, call: Call) -> bool:
+    """Whether a lookup's indices come from an integer input of the model, however they were reshaped or clamped on the way."""
+    tokens = {value for value in graph.inputs if not graph.values[value].dtype.is_floating_point}
+    indices = call.bound.get("indices")
+    frontier = [indices.value] if isinstance(indices, Ref) else []
+    seen: set[int] = set()
+    while frontier:
+        value = frontier.pop()
+        if value in tokens:
+            return True
+        if value in seen:
+            continue
+        seen.add(value)
+        made = graph.values[value].call
+        if made is not None:
+            frontier.extend(ref.value for ref in graph.calls[made].refs())
+    return False
 
 
 def _sole_reader(graph: Graph, call: Call) -> Call | None:

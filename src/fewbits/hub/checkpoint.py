@@ -1,8 +1,8 @@
-"""Quantized checkpoints: a directory of safetensors (codes, parameters, everything left in floating point) and readable JSON.
+"""Quantized checkpoints: a directory of safetensors (codes, parameters, what stays floating point) and readable JSON.
 
-`fewbits.json` holds the recipe and scheme, the sites that carry quantizers, how to build the architecture, versions, seed, the
-calibration fingerprint, metrics and the SHA-256 of every other file, and of itself. Loading rebuilds the model, decodes the codes and
-attaches the quantizers; its outputs are bit-equal to those of the model that was saved.
+`fewbits.json` holds the recipe and scheme, the sites that carry quantizers, how to build the architecture, versions,
+seed, the calibration fingerprint, metrics and the SHA-256 of every other file, and of itself. Loading rebuilds the
+model, decodes the codes and attaches the quantizers; its outputs are bit-equal to those of the model that was saved.
 """
 
 from __future__ import annotations
@@ -34,13 +34,19 @@ if TYPE_CHECKING:
 VERSION = 1
 #: What each key of `fewbits.json` must hold.
 _KEYS: dict[str, type] = {
-    "model": dict, "recipe": dict, "seed": int, "files": dict, "companions": dict, "sites": list, "weighted_calls": list,
+    "model": dict, "recipe": dict, "seed": int, "files": dict, "companions": dict, "sites": list,
+    "weighted_calls": list,
 }  # fmt: skip
 _UNSIGNED = "0" * 64  # stands for the file's own checksum while that is computed
 
 
-def save(folder: Path | str, result: QuantizeResult, loaded: LoadedModel, metadata: dict[str, Any] | None = None) -> None:
-    """Write a checkpoint. The folder appears whole or not at all; raises `FewbitsError` where it exists and is not empty."""
+def save(
+    folder: Path | str, result: QuantizeResult, loaded: LoadedModel, metadata: dict[str, Any] | None = None
+) -> None:
+    """Write a checkpoint; the folder appears whole or not at all.
+
+    Raises `FewbitsError` where it exists and is not empty.
+    """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FewbitsError(f"{folder} exists and is not empty; give another directory")
@@ -100,8 +106,8 @@ def _removing_new_parents(folder: Path) -> Iterator[None]:
 def load(folder: Path | str, *, code_module: str | None = None) -> LoadedModel:
     """The model of a checkpoint, quantizers attached, on the CPU.
 
-    code_module: for models built by code of your own, the file and function that builds them. Raises `FewbitsError` for a missing,
-    damaged, truncated or foreign file.
+    code_module: for models built by code of your own, the file and function that builds them. Raises `FewbitsError` for
+    a missing, damaged, truncated or foreign file.
     """
     folder = Path(folder)
     described = _read_description(folder)
@@ -117,16 +123,24 @@ def load(folder: Path | str, *, code_module: str | None = None) -> LoadedModel:
     stored: set[str] = set()
     for name in described["files"]:
         tensors, part = snapshot.read(folder / name)
-        stored |= {key.removeprefix("tensor/") for key in tensors if key.startswith("tensor/")} | set(part["alias"]) | set(part["coded"])
+        stored |= (
+            {key.removeprefix("tensor/") for key in tensors if key.startswith("tensor/")}
+            | set(part["alias"])
+            | set(part["coded"])
+        )
         with _naming(folder / name, "does not fit its own model"):
             snapshot.put(loaded.model, attachment, tensors, part)
         del tensors
     lacking = [name for name in map(clean, loaded.model.state_dict()) if name not in stored]
     if lacking:
-        raise FewbitsError(f"{folder}: the checkpoint holds no values for {', '.join(lacking[:3])}; it does not fit its own model")
+        raise FewbitsError(
+            f"{folder}: the checkpoint holds no values for {', '.join(lacking[:3])}; it does not fit its own model"
+        )
     bare = [name for name in sites if attachment.quantizer(name) is None]
     if bare:
-        raise FewbitsError(f"{folder}: the checkpoint holds no quantizer for {', '.join(bare[:3])}, which {source.name} lists")
+        raise FewbitsError(
+            f"{folder}: the checkpoint holds no quantizer for {', '.join(bare[:3])}, which {source.name} lists"
+        )
     loaded.ref = str(folder)
     return loaded
 
@@ -144,7 +158,9 @@ def _write_tensors(folder: Path, result: QuantizeResult) -> list[str]:
         snapshot.write(folder / "model.safetensors", *snapshot.take(result.model, result.attachment, names, sites))
         return ["model.safetensors"]
     if result.work is None:
-        raise FewbitsError("a model quantized from streamed weights is saved from its committed units; give the run a work_dir")
+        raise FewbitsError(
+            "a model quantized from streamed weights is saved from its committed units; give the run a work_dir"
+        )
     last = len(result.recipe.sweeps()) - 1
     files = ["outside.safetensors"]
     snapshot.write(folder / files[0], *outside(result.model, result.attachment, result.graph, result.units))
@@ -171,7 +187,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise FewbitsError(f"{path}: incomplete, it lacks its checksum")
     head, _, tail = raw.rpartition(digest.encode())
     if hashlib.sha256(head + _UNSIGNED.encode() + tail).hexdigest() != digest:
-        raise FewbitsError(f"{path}: its contents are not what was saved (checksum differs); restore the file or quantize again")
+        raise FewbitsError(
+            f"{path}: its contents are not what was saved (checksum differs); restore the file or quantize again"
+        )
     wrong = [key for key, kind in _KEYS.items() if not isinstance(data.get(key), kind)]
     if wrong:
         raise FewbitsError(f"{path}: incomplete, it lacks {', '.join(wrong)}")
@@ -187,7 +205,9 @@ def _check_file(folder: Path, name: str, expected: Any) -> None:
     if not path.is_file():
         raise FewbitsError(f"{path}: missing; the checkpoint is incomplete")
     if _sha256(path) != expected:
-        raise FewbitsError(f"{path}: its contents are not what was saved (checksum differs); restore the file or quantize again")
+        raise FewbitsError(
+            f"{path}: its contents are not what was saved (checksum differs); restore the file or quantize again"
+        )
 
 
 @contextmanager
@@ -195,7 +215,16 @@ def _naming(path: Path, what: str) -> Iterator[None]:
     """Turn what goes wrong with a file's contents into one FewbitsError that names the file."""
     try:
         yield
-    except (FewbitsError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+    except (
+        FewbitsError,
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
         reason = str(error) if isinstance(error, FewbitsError) else repr(error)
         raise FewbitsError(f"{path}: {what}: {reason}") from error
 
