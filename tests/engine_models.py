@@ -65,7 +65,10 @@ class SkipNet(nn.Module):
 class Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv1, self.conv2 = (
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+        )
         self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:

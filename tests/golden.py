@@ -17,14 +17,16 @@ def folder(variable: str) -> Path | None:
 
 
 def cases(slug: str) -> list:
-    """Parameters for `pytest.mark.parametrize("case", cases(slug))`; one skipped line where FEWBITS_GOLDEN is unset."""
+    """Parameters for `pytest.mark.parametrize("case", cases(slug))`, none for a paper without a folder.
+
+    One skipped line where FEWBITS_GOLDEN is unset; an error where it names a folder without any case.
+    """
     root = folder("FEWBITS_GOLDEN")
     if root is None:
         return [pytest.param(None, id=f"golden-{slug}", marks=pytest.mark.skip(reason="FEWBITS_GOLDEN is not set"))]
-    found = sorted(path.stem for path in (root / slug).glob("*.npz"))
-    if not found:
-        raise RuntimeError(f"FEWBITS_GOLDEN={root} holds no cases for {slug}")
-    return [pytest.param(name, id=f"golden-{slug}-{name}") for name in found]
+    if not any(root.glob("*/*.npz")):
+        raise RuntimeError(f"FEWBITS_GOLDEN={root} holds no golden cases")
+    return [pytest.param(path.stem, id=f"golden-{slug}-{path.stem}") for path in sorted((root / slug).glob("*.npz"))]
 
 
 def load(slug: str, case: str) -> dict:

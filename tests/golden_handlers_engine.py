@@ -38,7 +38,12 @@ def repq_whole_vit(data: dict) -> None:
         assert quantizer is not None, f"{site} carries no quantizer"
         return quantizer.params
 
-    places = {"matmul1/A": "matmul.lhs", "matmul1/B": "matmul.rhs", "matmul2/A": "matmul_1.lhs", "matmul2/B": "matmul_1.rhs"}
+    places = {
+        "matmul1/A": "matmul.lhs",
+        "matmul1/B": "matmul.rhs",
+        "matmul2/A": "matmul_1.lhs",
+        "matmul2/B": "matmul_1.rhs",
+    }
     checked = 0
     for key, value in data.items():
         if not key.startswith("q/"):
@@ -52,7 +57,9 @@ def repq_whole_vit(data: dict) -> None:
             site = f"{module}.{'input' if operand == 'in' else 'weight'}"
         ours = params(site)["scale" if what == "delta" else "zero_point"]
         expected = torch.as_tensor(value, dtype=torch.float32)
-        torch.testing.assert_close(ours.flatten(), expected.flatten(), rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            ours.flatten(), expected.flatten(), rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+        )
         checked += 1
     assert checked > 10
     # weights: the committed values are the nearest levels of the transformed weights on the checked grids
@@ -63,7 +70,9 @@ def repq_whole_vit(data: dict) -> None:
             off = (state[name].data - value).abs() / scale
             inside = off <= 0.5 + 1e-3
             clipped = ~inside
-            assert clipped.float().mean() < 0.02, f"{name}: {int(clipped.sum())} weights are further than half a step away"
+            assert clipped.float().mean() < 0.02, (
+                f"{name}: {int(clipped.sum())} weights are further than half a step away"
+            )
     for site_name in list(attachment.frozen):
         raise AssertionError(f"{site_name} should have been thawed")
     for site in attachment.sites.values():

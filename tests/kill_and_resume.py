@@ -1,7 +1,7 @@
 """Driver of the kill test: quantize in child processes, kill -9 them at random moments, resume, compare every bit.
 
-Usage: kill_and_resume.py FOLDER TRIALS. Exits with 0 when every trial ended with the bits of the uninterrupted run; prints how many
-kills hit a run that had committed something and was not finished.
+Usage: kill_and_resume.py FOLDER TRIALS. Exits with 0 when every trial ended with the bits of the uninterrupted run;
+prints how many kills hit a run that had committed something and was not finished.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ import time
 from pathlib import Path
 
 import torch
-from engine_models import encoder, images, skipnet, tokens
 from safetensors.torch import load_file, save_file
 
+from engine_models import encoder, images, skipnet, tokens
 from fewbits.engine import quantize
 from fewbits.papers import build_recipe
 
 CASES = {
     "brecq": lambda: (skipnet(), build_recipe("brecq", "W3A4", {"iters_w": 12, "iters_a": 6}), images(8)),
     "smoothquant+gptq": lambda: (encoder(), build_recipe("smoothquant+gptq", "W4A8"), tokens(8)),
-    "repq-vit+brecq": lambda: (encoder(), build_recipe("repq-vit+brecq", "W4A4", {"iters_w": 8, "iters_a": 4}), tokens(8)),
+    "repq-vit+brecq": lambda: (
+        encoder(),
+        build_recipe("repq-vit+brecq", "W4A4", {"iters_w": 8, "iters_a": 4}),
+        tokens(8),
+    ),
 }
 
 
@@ -34,7 +38,11 @@ def run(case: str, work: Path, out: Path) -> None:
     result = quantize(model, recipe, batches, seed=3, work_dir=work, resume=True)
     held = {f"p/{name}": value.contiguous().clone() for name, value in model.state_dict().items()}
     for site, quantizer in result.attachment.items():
-        held |= {f"q/{site.name}/{name}": value.clone() for name, value in quantizer.params.items()} if quantizer.ready else {}
+        held |= (
+            {f"q/{site.name}/{name}": value.clone() for name, value in quantizer.params.items()}
+            if quantizer.ready
+            else {}
+        )
     held |= {f"c/{name}": codes.contiguous().clone() for name, codes in result.attachment.codes.items()}
     with torch.no_grad():
         held["output"] = model(batches[0]).contiguous()

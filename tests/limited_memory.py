@@ -1,4 +1,4 @@
-"""Quantize a model from disk under a limit on private memory that the whole model does not fit in. Prints one JSON line."""
+"""Quantize a model from disk under a limit on private memory that the whole does not fit in. Prints one JSON line."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import traceback
 from pathlib import Path
 
 import torch
-from engine_models import Encoder, encoder, tokens
 from safetensors.torch import load_file, save_file
 
+from engine_models import Encoder, encoder, tokens
 from fewbits.engine import quantize
 from fewbits.engine.source import Streamed
 from fewbits.papers import build_recipe
@@ -27,7 +27,11 @@ def main(folder: Path) -> None:
     total = 0
     held = small.state_dict()
     for index in range(DEPTH):
-        block = {f"blocks.{index}.{k.removeprefix('blocks.0.')}": v.clone() for k, v in held.items() if k.startswith("blocks.0.")}
+        block = {
+            f"blocks.{index}.{k.removeprefix('blocks.0.')}": v.clone()
+            for k, v in held.items()
+            if k.startswith("blocks.0.")
+        }
         total += sum(v.numel() * 4 for v in block.values())
         save_file(block, folder / f"block{index:02d}.safetensors")
     save_file({k: v.clone() for k, v in held.items() if not k.startswith("blocks.")}, folder / "rest.safetensors")
@@ -36,7 +40,8 @@ def main(folder: Path) -> None:
     quantize(encoder(), build_recipe("gptq", "W4A16"), tokens(4))
     with torch.device("meta"):
         encoder()
-    used = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024
+    status = Path("/proc/self/status").read_text().splitlines()
+    used = int(next(line for line in status if line.startswith("VmData")).split()[1]) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + ALLOWED, used + ALLOWED))
 
     def attempt(work) -> str:
@@ -58,14 +63,31 @@ def main(folder: Path) -> None:
 
     def streamed() -> None:
         results.append(
-            quantize(hollow, build_recipe("gptq", "W4A16"), tokens(4, vocabulary=VOCABULARY), source=Streamed(folder), work_dir=folder / "work")
+            quantize(
+                hollow,
+                build_recipe("gptq", "W4A16"),
+                tokens(4, vocabulary=VOCABULARY),
+                source=Streamed(folder),
+                work_dir=folder / "work",
+            )
         )
 
     outcome = attempt(streamed)
     in_memory = attempt(whole)
     units = len(results[0].units) if results else 0
     forecast = results[0].forecast.peak if results else 0
-    print(json.dumps({"in_memory": in_memory, "streamed": outcome, "model_bytes": total, "allowed_bytes": ALLOWED, "units": units, "forecast": forecast}))
+    print(
+        json.dumps(
+            {
+                "in_memory": in_memory,
+                "streamed": outcome,
+                "model_bytes": total,
+                "allowed_bytes": ALLOWED,
+                "units": units,
+                "forecast": forecast,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

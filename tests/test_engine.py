@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_models import encoder, images, skipnet, tokens
 
+from engine_models import encoder, images, skipnet, tokens
 from fewbits.engine import Budget, quantize
 from fewbits.engine.run import Run
 from fewbits.engine.statistics import AbsMax, Bounds, Hessian, Values
@@ -22,7 +22,8 @@ MODELS = {"encoder": (encoder, tokens), "skipnet": (skipnet, images)}
 
 
 def _run(model, recipe: Recipe, batches, **options) -> Run:
-    defaults = dict(example=None, seed=0, device=torch.device("cpu"), work_dir=None, resume=False, progress=None, budget=None, units=None, source=None)
+    unset = dict.fromkeys(("example", "work_dir", "progress", "budget", "units", "source"))
+    defaults = {**unset, "seed": 0, "device": torch.device("cpu"), "resume": False}
     return Run(model, recipe, batches, **{**defaults, **options})
 
 
@@ -37,7 +38,10 @@ class Spy(Step):
 
     def apply(self, unit) -> None:
         held = {stream: [args for _, args, _ in unit.batches(stream)] for stream in ("float", "quantized")}
-        self.seen[unit.name] = {key: [tuple(t.clone() for t in args if isinstance(t, torch.Tensor)) for args in value] for key, value in held.items()}
+        self.seen[unit.name] = {
+            key: [tuple(t.clone() for t in args if isinstance(t, torch.Tensor)) for args in value]
+            for key, value in held.items()
+        }
 
     def to_dict(self) -> dict:
         return {"step": "Spy"}
@@ -48,7 +52,9 @@ def _entries(model, batches, names: list[str]) -> dict[str, list[tuple]]:
     seen: dict[str, list[tuple]] = {name: [] for name in names}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: seen[name].append(tuple(t.clone() for t in args if isinstance(t, torch.Tensor)))
+            lambda module, args, name=name: seen[name].append(
+                tuple(t.clone() for t in args if isinstance(t, torch.Tensor))
+            )
         )
         for name in names
     ]
@@ -80,7 +86,9 @@ def test_units_are_fed_what_a_whole_forward_feeds_them(name: str) -> None:
             # A unit called several times per forward is captured call by call, batch by batch, as a forward does.
             for ours, real in zip(got, expected[unit], strict=True):
                 for a, b in zip(ours, real, strict=True):
-                    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda m, u=unit, s=stream: f"{u}, {s} stream: {m}")
+                    torch.testing.assert_close(
+                        a, b, rtol=1e-5, atol=1e-5, msg=lambda m, u=unit, s=stream: f"{u}, {s} stream: {m}"
+                    )
     last = names[-1]
     assert not torch.allclose(spy.seen[last]["float"][0][0], spy.seen[last]["quantized"][0][0], atol=1e-4)
 
@@ -91,7 +99,7 @@ def test_outputs_are_dropped_when_nothing_reads_them_any_more() -> None:
 
     class Watch(Spy):
         def apply(self, unit) -> None:
-            sizes.append(sum(1 for key in unit.run.store.keys() if key[0] == "quantized"))
+            sizes.append(sum(1 for key in list(unit.run.store.keys()) if key[0] == "quantized"))
 
     import dataclasses
 
@@ -147,7 +155,12 @@ def test_statistics_do_not_depend_on_how_samples_are_batched() -> None:
     x = torch.randn(12, 5, 4)
     graph = record(torch.nn.Linear(4, 3), x)
     site = next(s for s in graph.sites.values() if s.role == "weight")
-    for make in (lambda: AbsMax(), lambda: Bounds(PerTensor()), lambda: Values(12), lambda: Hessian(site, graph.calls[site.call], torch.device("cpu"))):
+    for make in (
+        lambda: AbsMax(),
+        lambda: Bounds(PerTensor()),
+        lambda: Values(12),
+        lambda: Hessian(site, graph.calls[site.call], torch.device("cpu")),
+    ):
         one, many = make(), make()
         one.update(x, 12)
         for part in x.split([5, 4, 3]):
@@ -161,7 +174,12 @@ def test_statistics_do_not_depend_on_how_samples_are_batched() -> None:
 def test_same_seed_same_bits_and_other_seed_other_bits() -> None:
     def learned(seed: int):
         model = skipnet()
-        result = quantize(model, build_recipe("brecq", "W2A4", {"iters_w": 30, "iters_a": 20, "batch": 4}), images(16, batch=8), seed=seed)
+        result = quantize(
+            model,
+            build_recipe("brecq", "W2A4", {"iters_w": 30, "iters_a": 20, "batch": 4}),
+            images(16, batch=8),
+            seed=seed,
+        )
         scales = {site.name: quantizer.params["scale"].clone() for site, quantizer in result.attachment.items()}
         return {**scales, **{f"codes of {name}": codes for name, codes in result.attachment.codes.items()}}
 

@@ -10,20 +10,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_models import encoder, tokens
 from safetensors.torch import save_file
 
+from engine_models import encoder, tokens
 from fewbits.engine import quantize
 from fewbits.errors import FewbitsError
 from fewbits.papers import build_recipe
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def test_killed_runs_resume_to_the_same_bits(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(HERE / "kill_and_resume.py"), str(tmp_path), "3"], env=ENVIRONMENT, capture_output=True, text=True, timeout=900
+        [sys.executable, str(HERE / "kill_and_resume.py"), str(tmp_path), "3"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) >= 6, "most kills must hit a run that had committed units"
@@ -34,10 +42,22 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
     quantize(encoder(), recipe, tokens(4), work_dir=tmp_path)
     with pytest.raises(FewbitsError, match="resume it"):
         quantize(encoder(), recipe, tokens(4), work_dir=tmp_path)
-    for changed in (dict(seed=1), dict(calibration=tokens(4, seed=2)), dict(recipe=build_recipe("gptq", "W3A16")), dict(model=encoder(1))):
+    for changed in (
+        {"seed": 1},
+        {"calibration": tokens(4, seed=2)},
+        {"recipe": build_recipe("gptq", "W3A16")},
+        {"model": encoder(1)},
+    ):
         given = {"model": encoder(), "recipe": recipe, "calibration": tokens(4), "seed": 0, **changed}
         with pytest.raises(FewbitsError, match="another"):
-            quantize(given.pop("model"), given.pop("recipe"), given.pop("calibration"), work_dir=tmp_path, resume=True, **given)
+            quantize(
+                given.pop("model"),
+                given.pop("recipe"),
+                given.pop("calibration"),
+                work_dir=tmp_path,
+                resume=True,
+                **given,
+            )
 
 
 def test_a_damaged_commit_is_named(tmp_path: Path) -> None:
@@ -57,10 +77,14 @@ def test_streamed_weights_give_the_bits_of_a_model_in_memory(tmp_path: Path) -> 
     with torch.device("meta"):
         hollow = encoder()
     result = quantize(
-        hollow, build_recipe("smoothquant+gptq", "W4A8"), tokens(8), source=Streamed(tmp_path), work_dir=tmp_path / "work"
+        hollow,
+        build_recipe("smoothquant+gptq", "W4A8"),
+        tokens(8),
+        source=Streamed(tmp_path),
+        work_dir=tmp_path / "work",
     )
     assert all(p.is_meta for p in hollow.blocks.parameters()), "units are let go when they are done"
-    for index, unit in enumerate(result.units):
+    for index in range(len(result.units)):
         from fewbits.engine import snapshot
 
         stored, _ = snapshot.read(tmp_path / "work" / f"sweep0-unit{index:04d}.safetensors")
@@ -70,11 +94,16 @@ def test_streamed_weights_give_the_bits_of_a_model_in_memory(tmp_path: Path) -> 
 
 
 def test_a_model_larger_than_memory_is_quantized_by_streaming(tmp_path: Path) -> None:
-    """Under one limit on memory, loading the whole model fails and streaming it succeeds, with the peak that was forecast."""
-    # Freed blocks go back to the system at once, so that the limit counts what is in use and not what malloc keeps for later.
+    """Under one limit on memory, loading the whole model fails and streaming it succeeds, at the peak forecast."""
+    # Freed blocks go back to the system at once, so that the limit counts what is in use and not what malloc keeps for
+    # later.
     environment = {**ENVIRONMENT, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, str(HERE / "limited_memory.py"), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, str(HERE / "limited_memory.py"), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -95,4 +124,6 @@ def test_streaming_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     with torch.device("meta"):
         hollow = encoder()
     with pytest.raises(FewbitsError, match=r"blocks\.1\.q\.weight"):
-        quantize(hollow, build_recipe("gptq", "W4A16"), tokens(4), source=Streamed(tmp_path), work_dir=tmp_path / "work")
+        quantize(
+            hollow, build_recipe("gptq", "W4A16"), tokens(4), source=Streamed(tmp_path), work_dir=tmp_path / "work"
+        )

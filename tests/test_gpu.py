@@ -1,11 +1,11 @@
-"""The engine on a GPU: recipes run there, and a checkpoint made there loads anywhere. Skipped with one line where there is none."""
+"""The engine on a GPU: recipes run there, and a checkpoint made there loads anywhere. One skipped line without one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from engine_models import encoder, images, skipnet, tokens
 
+from engine_models import encoder, images, skipnet, tokens
 from fewbits.engine import quantize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

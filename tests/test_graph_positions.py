@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+
 import zoo_tiny
 from engine_models import encoder, skipnet
-
 from fewbits.graph import Graph, record
 
-LANGUAGE = ["llama", "opt", "bloom", "falcon", "gpt2", "gpt_neo"]
+LANGUAGE = ["hf-llama", "hf-opt", "hf-bloom", "hf-falcon", "hf-gpt2", "hf-gpt-neo"]
 
 
 def _graph(name: str) -> Graph:
@@ -28,7 +28,14 @@ def test_a_language_model_has_one_head_and_no_first_layer(name: str) -> None:
     assert not _tagged(graph, "first_layer", "weight"), "what follows an embedding is not a first layer"
 
 
-@pytest.mark.parametrize(("name", "first", "last"), [("vit", "patch_embed.proj", "head"), ("resnet", "conv1", "fc"), ("swin", "patch_embed.proj", "head.fc")])
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("timm-vit", "patch_embed.proj", "head"),
+        ("timm-resnet", "conv1", "fc"),
+        ("timm-swin", "patch_embed.proj", "head.fc"),
+    ],
+)
 def test_an_image_model_has_a_first_and_a_last_layer(name: str, first: str, last: str) -> None:
     graph = _graph(name)
     assert _tagged(graph, "first_layer", "weight") == [f"{first}.weight"]
@@ -41,7 +48,9 @@ def test_outputs_of_a_residual_block_are_after_its_activations() -> None:
 
     graph = record(skipnet(), torch.randn(1, 3, 8, 8))
     outputs = [name for name in _tagged(graph, "layer_output", "output") if name.startswith("down.0.")]
-    assert outputs == ["down.0.relu.output", "down.0.relu_1.output"], "after the first activation, and after the add's; not on the branch"
+    assert outputs == ["down.0.relu.output", "down.0.relu_1.output"], (
+        "after the first activation, and after the add's; not on the branch"
+    )
     bare = _tagged(graph, "bare_input", "input")
     assert "head.input" in bare and "down.0.conv2.input" not in bare and "down.0.conv1.input" not in bare
 

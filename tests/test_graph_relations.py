@@ -117,11 +117,11 @@ NAMED: dict[str, list[tuple[str, str]]] = {
     ],
     "hf-bart": [("model.decoder.layers.1.encoder_attn.v_proj", "model.decoder.layers.1.encoder_attn.out_proj")],
     "hf-mixtral-eager": [
-        ("model.layers.0.mlp.experts.gate_up_proj[1]", "model.layers.0.mlp.experts.down_proj[1]"),
+        ("model.layers.0.mlp.experts.gate_up_proj.1", "model.layers.0.mlp.experts.down_proj.1"),
         (
             "model.layers.0.post_attention_layernorm",
             "model.layers.0.mlp.gate "
-            + " ".join(f"model.layers.0.mlp.experts.gate_up_proj[{e}]" for e in range(3)),
+            + " ".join(f"model.layers.0.mlp.experts.gate_up_proj.{e}" for e in range(3)),
         ),
     ],
     "diffusers-unet2d-condition": [

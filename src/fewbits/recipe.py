@@ -1,7 +1,7 @@
 """Scheme, Step, Recipe: what the parts and the engine share, as plain data.
 
-A recipe is a scheme (which sites get which grid) plus an ordered list of steps plus a calibration regime. All of it prints,
-saves as JSON beside the quantized model and loads from YAML.
+A recipe is a scheme (which sites get which grid) plus an ordered list of steps plus a calibration regime. All of it
+prints, saves as JSON beside the quantized model and loads from YAML.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Bits:
         weight, activation, group = (int(part) if part else None for part in match.groups())
         for name, value in (("weight", weight), ("activation", activation)):
             if value is not None and value not in (*range(1, 9), 16, 32):
-                raise FewbitsError(f"bits {text!r}: {name} bits must be 1 to 8, or 16 or 32 for floating point, not {value}")
+                raise FewbitsError(
+                    f"bits {text!r}: {name} bits must be 1 to 8, or 16 or 32 for floating point, not {value}"
+                )
         if group == 0:
             raise FewbitsError(f"bits {text!r}: a group needs at least one column")
         return cls(None if weight in (16, 32) else weight, None if activation in (16, 32) else activation, group)
@@ -131,7 +133,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which sites get which grid. The last rule that covers a site decides; a site no rule covers stays floating point."""
+    """Which sites get which grid. The last rule that covers a site decides; a site without one stays floating point."""
 
     weights: tuple[Rule, ...] = ()
     activations: tuple[Rule, ...] = ()
@@ -158,10 +160,11 @@ class Scheme:
 class Step:
     """One thing a recipe does, to a unit at a time or once to the whole model.
 
-    `part` names the slot the step fills when recipes are joined: `transform`, `activations`, `rounding` or `tuning`. Steps run in order
-    of `stage`; one with `new_sweep` starts only after every unit is through the earlier stages. `streams` are the prefixes whose
-    outputs it reads (`float`: the float model; `quantized`: what is already quantized). With `activations` False the sweep runs with
-    floating-point activations. A step that `exclusive`ly fills its part refuses to share it.
+    `part` names the slot the step fills when recipes are joined: `transform`, `activations`, `rounding` or `tuning`.
+    Steps run in order of `stage`; one with `new_sweep` starts only after every unit is through the earlier stages.
+    `streams` are the prefixes whose outputs it reads (`float`: the float model; `quantized`: what is already
+    quantized). With `activations` False the sweep runs with floating-point activations. A step that `exclusive`ly fills
+    its part refuses to share it.
     """
 
     part: ClassVar[str] = "rounding"
@@ -170,7 +173,11 @@ class Step:
     new_sweep: ClassVar[bool] = False
     streams: ClassVar[frozenset[str]] = frozenset()
     activations: ClassVar[bool] = True
-    logits: ClassVar[bool] = False  # needs the float network's outputs, taken before the first sweep
+
+    @property
+    def logits(self) -> bool:
+        """Whether the step needs the float network's outputs, taken before the first sweep."""
+        return False
 
     def prepare(self, graph: Graph, units: list[Unit]) -> None:
         """Look at the whole model before the scheme is read, for tags that a scheme's rules name."""
@@ -180,8 +187,8 @@ class Step:
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        options = {f.name: _plain(getattr(self, f.name)) for f in fields(self)} if is_dataclass(self) else {}
-        return {"step": type(self).__name__, **options}
+        names: list[str] = [field.name for field in fields(self)] if is_dataclass(self) else []
+        return {"step": type(self).__name__, **{name: _plain(getattr(self, name)) for name in names}}
 
     def statistics_bytes(self, graph: Graph, unit: Unit) -> int:
         """Bytes of statistics the step holds at once for a unit, for the memory forecast."""
@@ -201,8 +208,8 @@ class Calibration:
     """How calibration data is used.
 
     samples: sequences or images. batch_size: per forward. seqlen: tokens per sequence (language models; capped by the
-    model's context). regime: `sequential` (statistics from the quantized prefix), `parallel` (all from the float model) or
-    `true_sequential` (as sequential, and linears inside a unit one after another).
+    model's context). regime: `sequential` (statistics from the quantized prefix), `parallel` (all from the float model)
+    or `true_sequential` (as sequential, and linears inside a unit one after another).
     """
 
     samples: int = 128
@@ -222,7 +229,7 @@ REGIMES = ("parallel", "sequential", "true_sequential")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A scheme, ordered steps and a calibration regime. `brings` are the parts that are this paper's own contribution."""
+    """A scheme, ordered steps and a calibration regime. `brings` are the parts that are the paper's own."""
 
     name: str
     bits: Bits
@@ -236,7 +243,7 @@ class Recipe:
         """The unit-scope steps, grouped into passes over the model."""
         groups: list[list[Step]] = []
         for step in sorted((s for s in self.steps if s.scope == "unit"), key=lambda s: s.stage):
-            fresh = not groups or step.new_sweep and step.stage != groups[-1][-1].stage
+            fresh = not groups or (step.new_sweep and step.stage != groups[-1][-1].stage)
             if fresh or step.activations != groups[-1][-1].activations:
                 groups.append([step])
             else:
@@ -265,13 +272,13 @@ EXCLUSIVE = ("activations", "weight_grid", "rounding", "tuning")
 def join(first: Recipe, second: Recipe) -> Recipe:
     """`first+second`: each part comes from the recipe that brings it, from `first` where neither does.
 
-    Transforms of both apply, `first`'s before `second`'s. Raises `FewbitsError` when both bring the same exclusive part.
+    Transforms of both apply, `first`'s before `second`'s. Raises `FewbitsError` if both bring one exclusive part.
     """
     for part in EXCLUSIVE:
         if part in first.brings and part in second.brings:
             raise FewbitsError(
-                f"{first.name} and {second.name} cannot be joined: both bring their own {PART_NAMES[part]}; use one of them, or "
-                "join each with a recipe that brings something else"
+                f"{first.name} and {second.name} cannot be joined: both bring their own {PART_NAMES[part]}; "
+                "use one of them, or join each with a recipe that brings something else"
             )
 
     def source(part: str) -> Recipe:
@@ -284,7 +291,9 @@ def join(first: Recipe, second: Recipe) -> Recipe:
     if "weight_grid" not in first.brings | second.brings:
         grid = source("rounding")
     steps = [step for step in first.steps if step.part == "transform"]
-    steps += [step for step in second.steps if step.part == "transform" and step.to_dict() not in [s.to_dict() for s in steps]]
+    steps += [
+        step for step in second.steps if step.part == "transform" and step.to_dict() not in [s.to_dict() for s in steps]
+    ]
     for part in ("activations", "rounding", "tuning"):
         owner = source(part)
         steps += [step for step in owner.steps if step.part == part]
@@ -292,11 +301,18 @@ def join(first: Recipe, second: Recipe) -> Recipe:
     return Recipe(
         f"{first.name}+{second.name}",
         first.bits,
-        Scheme(grid.scheme.weights, source("activations").scheme.activations, first.scheme.overrides + second.scheme.overrides),
+        Scheme(
+            grid.scheme.weights,
+            source("activations").scheme.activations,
+            first.scheme.overrides + second.scheme.overrides,
+        ),
         tuple(steps),
         calibration,
         first.brings | second.brings,
-        {**{f"{first.name}.{k}": v for k, v in first.options.items()}, **{f"{second.name}.{k}": v for k, v in second.options.items()}},
+        {
+            **{f"{first.name}.{k}": v for k, v in first.options.items()},
+            **{f"{second.name}.{k}": v for k, v in second.options.items()},
+        },
     )
 
 

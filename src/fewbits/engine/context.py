@@ -70,8 +70,9 @@ class ModelContext:
     def quantize_weight(self, site: Site, codes: Tensor, params: Params, group_index: Tensor | None = None) -> None:
         """Commit a weight: its integer codes (out, columns) on the scheme's grid with these parameters.
 
-        The parameter holds the decoded values from here on. A parameter that is also read elsewhere (a tied head) is left alone
-        and quantized in the forward instead. `group_index` gives each column's group where groups are not contiguous.
+        The parameter holds the decoded values from here on. A parameter that is also read elsewhere (a tied head) is
+        left alone and quantized in the forward instead. `group_index` gives each column's group where groups are not
+        contiguous.
         """
         spec = self.spec(site)
         if spec is None:
@@ -87,7 +88,10 @@ class ModelContext:
             attachment.group_index.pop(site.name, None)
         if site.used_by:
             if group_index is not None:
-                raise FewbitsError(f"{site.name} is tied to {site.used_by[0]} and cannot use permuted groups; turn act-order off for it")
+                raise FewbitsError(
+                    f"{site.name} is tied to {site.used_by[0]} and cannot use permuted groups; "
+                    "turn act-order off for it"
+                )
             attachment.thaw(site.name)
             return
         self.set_weight(site, attachment.decoded(site.name).to(self.device))
@@ -109,8 +113,8 @@ class ModelContext:
 class UnitContext(ModelContext):
     """One unit of a sweep.
 
-    `prefix` is the stream the regime feeds statistics from: "quantized", or "float" in the parallel regime. Inputs are cached for
-    the streams that the sweep's steps asked for.
+    `prefix` is the stream the regime feeds statistics from: "quantized", or "float" in the parallel regime. Inputs are
+    cached for the streams that the sweep's steps asked for.
     """
 
     def __init__(self, run: Run, unit: Unit, sweep: int) -> None:
@@ -170,11 +174,13 @@ class UnitContext(ModelContext):
         """Task-loss gradients at the unit's output (`engine.gradients`)."""
         return output_gradients(self)
 
-    def gather(self, requests: dict[str, Iterable[Statistic]], stream: str | None = None, quantized: bool | None = None) -> None:
+    def gather(
+        self, requests: dict[str, Iterable[Statistic]], stream: str | None = None, quantized: bool | None = None
+    ) -> None:
         """Run the unit over the cached inputs and fill the statistics at the named sites.
 
-        `stream` defaults to the regime's prefix. `quantized` False runs the float unit (default: False on the float stream). Sites that
-        read the same tensor share one accumulator per statistic key.
+        `stream` defaults to the regime's prefix. `quantized` False runs the float unit (default: False on the float
+        stream). Sites that read the same tensor share one accumulator per statistic key.
         """
         stream = stream or self.prefix
         quantized = stream == "quantized" if quantized is None else quantized

@@ -1,7 +1,7 @@
 """The one provider of task gradients: d KL(float || quantized) at a unit's output, batch mean.
 
-The loss needs no labels. It is taken with every unit up to and including this one quantized, never on the float model itself, where
-KL(float || float) has no gradient at all; a gradient that vanishes is reported, not used.
+The loss needs no labels. It is taken with every unit up to and including this one quantized, never on the float model
+itself, where KL(float || float) has no gradient at all; a gradient that vanishes is reported, not used.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def output_gradients(unit: UnitContext) -> Tensor:
     """Gradients (samples, ...) of the KL divergence with respect to the unit's first output tensor.
 
-    Raises `FewbitsError` where weights are streamed (the rest of the network is not there), the unit runs more than once per
-    forward, or the gradient vanishes.
+    Raises `FewbitsError` where weights are streamed (the rest of the network is not there), the unit runs more than
+    once per forward, or the gradient vanishes.
     """
     run = unit.run
     if run.streamed:
@@ -32,7 +32,9 @@ def output_gradients(unit: UnitContext) -> Tensor:
     if logits is None:
         raise FewbitsError("the float network's outputs were not gathered before the sweep")
     if unit.unit.uses != 1:
-        raise FewbitsError(f"unit {unit.name!r} runs {unit.unit.uses} times in a forward; Fisher weights need one output")
+        raise FewbitsError(
+            f"unit {unit.name!r} runs {unit.unit.uses} times in a forward; Fisher weights need one output"
+        )
 
     def run_quantized(number: int) -> tuple[Tensor, Tensor]:
         held: list[Tensor] = []
@@ -54,7 +56,9 @@ def output_gradients(unit: UnitContext) -> Tensor:
             handle.remove()
         return out, held[0]
 
-    return kl_gradients(lambda number: logits[number].to(run.device), run_quantized, range(len(run.batches)), vanished="warn")
+    return kl_gradients(
+        lambda number: logits[number].to(run.device), run_quantized, range(len(run.batches)), vanished="warn"
+    )
 
 
 def first_output(output: Any) -> Tensor:
@@ -64,7 +68,9 @@ def first_output(output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    found = next((t for t in tensors(dict(output) if hasattr(output, "keys") else output) if t.is_floating_point()), None)
+    found = next(
+        (t for t in tensors(dict(output) if hasattr(output, "keys") else output) if t.is_floating_point()), None
+    )
     if found is None:
         raise FewbitsError("the model's output holds no floating-point tensor to take a loss of")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ def replay_calls(model: nn.Module, graph: Graph, calls: Sequence[Call], known: d
     out: Any = None
     for call in calls:
 
-        def fill(leaf: Any) -> Any:
+        def fill(leaf: Any, call: Call = call) -> Any:
             if not isinstance(leaf, Ref):
                 return leaf
             if leaf.value in values:
@@ -34,7 +35,9 @@ def replay_calls(model: nn.Module, graph: Graph, calls: Sequence[Call], known: d
                 return graph.replay(leaf.value, operands.parameter(model, value.param))
             if value.data is not None:
                 return value.data
-            raise FewbitsError(f"{call.module}: {call.op} reads a tensor that is not available outside the model's forward")
+            raise FewbitsError(
+                f"{call.module}: {call.op} reads a tensor that is not available outside the model's forward"
+            )
 
         args, kwargs = pytree.tree_map(fill, (call.args, call.kwargs), is_leaf=lambda x: isinstance(x, Ref))
         out = call.func(*args, **kwargs)
@@ -46,7 +49,7 @@ def replay_calls(model: nn.Module, graph: Graph, calls: Sequence[Call], known: d
 
 
 def layer_with_activation(model: nn.Module, graph: Graph, site: Site) -> Callable[[Tensor, Tensor], Tensor]:
-    """(input, weight matrix (out, columns)) -> the layer's output past its norm and activation, where these follow alone."""
+    """(input, weight matrix (out, columns)) -> the layer's output past the norm and activation that alone follow it."""
     call = graph.calls[site.call]
     chain = [call, *following_activation(graph, call)]
     source = graph.sites[site.name.removesuffix("weight") + "input"].value
@@ -76,7 +79,11 @@ def channel_axis(graph: Graph, value: int) -> int:
         if held.call is None:
             return 1 if len(held.shape) == 4 else -1
         call = graph.calls[held.call]
-        if call.op.startswith("conv") or call.op in ("batch_norm", "group_norm", "instance_norm") or call.op.endswith("pool2d"):
+        if (
+            call.op.startswith("conv")
+            or call.op in ("batch_norm", "group_norm", "instance_norm")
+            or call.op.endswith("pool2d")
+        ):
             return 1 if len(held.shape) > 2 else -1
         first = next(call.refs(), None)
         same_shape = first is not None and graph.values[first.value].shape == held.shape
@@ -86,13 +93,13 @@ def channel_axis(graph: Graph, value: int) -> int:
 
 
 def _out_of_place(call: Call) -> Call:
-    import dataclasses
-
     if not call.inplace:
         return call
     out_of_place = getattr(torch.nn.functional, call.op, None)
     if out_of_place is None:
         raise FewbitsError(f"{call.module}: {call.op} works in place and has no other form")
     kwargs = {key: value for key, value in call.kwargs.items() if key != "inplace"}
-    args = tuple(False if value is True and index == len(call.args) - 1 else value for index, value in enumerate(call.args))
+    args = tuple(
+        False if value is True and index == len(call.args) - 1 else value for index, value in enumerate(call.args)
+    )
     return dataclasses.replace(call, func=out_of_place, kwargs=kwargs, args=args)

@@ -11,7 +11,7 @@ from fewbits.recipe import Recipe
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes expected at the worst unit: parameters that are resident, the unit's working set, cached activations, statistics."""
+    """Bytes expected at the worst unit: resident parameters, the unit's working set, cached activations, statistics."""
 
     resident: int
     unit: int
@@ -45,8 +45,8 @@ def forecast(
 ) -> Forecast:
     """Predict the peak of a run over `samples` calibration samples in batches of `batch`.
 
-    `parameter_bytes` maps parameter names to bytes; `recorded_batch` is the batch size of the recorded forward, from which activation
-    sizes are scaled. With `streamed` only parameters outside the units are resident.
+    `parameter_bytes` maps parameter names to bytes; `recorded_batch` is the batch size of the recorded forward, from
+    which activation sizes are scaled. With `streamed` only parameters outside the units are resident.
     """
     owned: dict[str, int] = {unit.name: 0 for unit in units}
     glue = 0
@@ -59,8 +59,7 @@ def forecast(
     largest = max(owned.values(), default=0)
     sweeps = recipe.sweeps()
     streams = max((len({s for step in sweep for s in step.streams}) for sweep in sweeps), default=0)
-    boundary = 0
-    inside = 0
+    boundary = inside = 0.0  # bytes per sample
     for unit in units:
         io = [note for note in graph.module_io if note.path == unit.name]
         values = {value for note in io for value in (*note.inputs, *note.outputs)}

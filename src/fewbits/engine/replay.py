@@ -1,8 +1,9 @@
 """Reaching a unit without running what came before it: finished units give back their cached outputs.
 
-The model's own forward is run, with the `forward` of every finished unit replaced by a replay and the wanted unit's by a
-capture that ends the run. Only the glue between units is computed again, so any topology works: skips, branches, shared masks.
-Outputs nothing later needs are dropped; should one be read after all it comes back as NaN, and the capture refuses it.
+The model's own forward is run, with the `forward` of every finished unit replaced by a replay and the wanted unit's by
+a capture that ends the run. Only the glue between units is computed again, so any topology works: skips, branches,
+shared masks. Outputs nothing later needs are dropped; should one be read after all it comes back as NaN, and the
+capture refuses it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class _Reached(Exception):
 class Replay:
     """Captures of unit inputs for one model and its list of units."""
 
-    def __init__(self, model: nn.Module, attachment: Attachment, graph: Graph, units: list[Unit], store: ActivationStore) -> None:
+    def __init__(
+        self, model: nn.Module, attachment: Attachment, graph: Graph, units: list[Unit], store: ActivationStore
+    ) -> None:
         self.model = model
         self.attachment = attachment
         self.units = units
@@ -43,8 +46,10 @@ class Replay:
         self.copies = any(call.inplace and call.index not in owned for call in graph.calls)
         self._shapes: dict[tuple[str, str, int, int], Tree] = {}
 
-    def capture(self, stream: str, target: Unit, batch: Batch, number: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Arguments of each call of `target` in a forward of `batch` (the `number`-th). Raises `FewbitsError` if it is not reached."""
+    def capture(
+        self, stream: str, target: Unit, batch: Batch, number: int
+    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Arguments of each call of `target` in a forward of the `number`-th batch; `FewbitsError` if there is none."""
         captured: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         counts: dict[str, int] = {}
         poisoned: list[str] = []
@@ -80,11 +85,13 @@ class Replay:
         finally:
             self.attachment.skipped = set()
         if not captured:
-            raise FewbitsError(f"unit {target.name!r} did not run on calibration batch {number}; it cannot be calibrated on this data")
+            raise FewbitsError(
+                f"unit {target.name!r} did not run on calibration batch {number}; it cannot be calibrated on this data"
+            )
         if poisoned and any(t.is_floating_point() and bool(torch.isnan(t).any()) for t in tensors(captured)):
             raise FewbitsError(
-                f"{target.name}: the forward read the output of {poisoned[0]}, which the recorded data flow did not show; please "
-                "report this model, and give `units` explicitly to go on"
+                f"{target.name}: the forward read the output of {poisoned[0]}, which the recorded data flow did not "
+                "show; please report this model, and give `units` explicitly to go on"
             )
         return captured
 
@@ -127,8 +134,8 @@ class Replay:
         for leaf in torch.utils._pytree.tree_leaves(tree):
             if not isinstance(leaf, _PLAIN):
                 raise FewbitsError(
-                    f"unit {unit.name!r} receives a {type(leaf).__name__}, which cannot be cached and replayed; for a language model pass "
-                    "use_cache=False, else choose other units"
+                    f"unit {unit.name!r} receives a {type(leaf).__name__}, which cannot be cached and replayed; "
+                    "for a language model pass use_cache=False, else choose other units"
                 )
 
 

@@ -39,8 +39,8 @@ from fewbits.recipe import Recipe, Step
 class QuantizeResult:
     """The quantized model (the one given, changed in place), what is attached to it, and what happened.
 
-    `notes` are things a user should read (a tied head left alone, a failed factorisation); `seconds` and `peak_bytes` (host memory, or
-    device memory on CUDA) are measured, `forecast` was predicted before the start.
+    `notes` are things a user should read (a tied head left alone, a failed factorisation); `seconds` and `peak_bytes`
+    (host memory, or device memory on CUDA) are measured, `forecast` was predicted before the start.
     """
 
     model: nn.Module
@@ -77,12 +77,14 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize `model` in place by `recipe`.
 
-    calibration: batches (a tensor, a tuple of arguments, a dict of keyword arguments, or (args, kwargs)) with samples along the
-        first axis. recipe: a `Recipe`, or a name such as "gptq" or "smoothquant+gptq" with `bits` ("W4A8") and `options`.
+    calibration: batches (a tensor, a tuple of arguments, a dict of keyword arguments, or (args, kwargs)) with samples
+        along the first axis.
+    recipe: a `Recipe`, or a name such as "gptq" or "smoothquant+gptq" with `bits` ("W4A8") and `options`.
     example: a batch to record the model with; the first sample of the calibration data by default.
-    work_dir: where finished units are committed; with `resume` a run that was interrupted there goes on and ends with the same bits.
-    units: globs of module names to process at once instead of the units found. source: stream weights from safetensors
-        files; the model's parameters are then on the meta device.
+    work_dir: where finished units are committed; with `resume` a run that was interrupted there goes on and ends with
+        the same bits.
+    units: globs of module names to process at once instead of the units found.
+    source: stream weights from safetensors files; the model's parameters are then on the meta device.
 
     Raises `FewbitsError` for bad input; nothing half-written is left behind.
     """
@@ -92,7 +94,20 @@ def quantize(
         if bits is None:
             raise FewbitsError(f'recipe {recipe!r} by name needs bits, for example bits="W4A16"')
         recipe = build_recipe(recipe, bits=bits, options=options or {})
-    run = Run(model, recipe, list(calibration), example, seed, torch.device(device), work_dir, resume, progress, budget, units, source)
+    run = Run(
+        model,
+        recipe,
+        list(calibration),
+        example,
+        seed,
+        torch.device(device),
+        work_dir,
+        resume,
+        progress,
+        budget,
+        units,
+        source,
+    )
     try:
         return run.execute()
     except BaseException:
@@ -139,7 +154,9 @@ class Run:
         if not self.streamed:
             model.to(device)
         elif recipe.model_steps():
-            raise FewbitsError(f"{recipe.name}: a step that needs the whole model at once cannot run on streamed weights")
+            raise FewbitsError(
+                f"{recipe.name}: a step that needs the whole model at once cannot run on streamed weights"
+            )
         with _without_cache(model):
             args, kwargs = as_call(to(self.example, "meta" if self.streamed else device))
             self.graph = record(model, *args, **kwargs)
@@ -172,7 +189,10 @@ class Run:
         self._check_scheme()
         self.progress.start(len(sweeps) * len(self.units), str(self.forecast))
         try:
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), _without_cache(self.model):
+            with (
+                torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+                _without_cache(self.model),
+            ):
                 torch.manual_seed(self.seed)
                 with torch.no_grad():
                     for step in self.recipe.model_steps():
@@ -185,9 +205,20 @@ class Run:
             self.progress.stop()
         self._check_complete()
         return QuantizeResult(
-            self.model, self.attachment, self.graph, self.recipe, self.seed, time.monotonic() - self.started, self.peak_bytes(),
-            self.forecast, fingerprint(self.batches), self.notes, self.units, self.commits.folder if self.commits else None, self.streamed,
-        )  # fmt: skip
+            self.model,
+            self.attachment,
+            self.graph,
+            self.recipe,
+            self.seed,
+            time.monotonic() - self.started,
+            self.peak_bytes(),
+            self.forecast,
+            fingerprint(self.batches),
+            self.notes,
+            self.units,
+            self.commits.folder if self.commits else None,
+            self.streamed,
+        )
 
     def sweep(self, number: int, steps: list[Step], later: list[list[Step]]) -> None:
         """One pass over the units."""
@@ -196,7 +227,11 @@ class Run:
         streams = sorted(wanted)
         if streams and not self.batches:
             raise FewbitsError(f"{self.recipe.name} needs calibration data")
-        float_later = any("float" in step.streams or ("prefix" in step.streams and prefix == "float") for sweep in later for step in sweep)
+        float_later = any(
+            "float" in step.streams or ("prefix" in step.streams and prefix == "float")
+            for sweep in later
+            for step in sweep
+        )
         done = [self.commits is not None and self.commits.has(number, index) for index in range(len(self.units))]
         if all(done):
             streams = []  # nothing left to compute in this sweep
@@ -319,12 +354,14 @@ class Run:
         context = ModelContext(self)
         for step in self.recipe.steps:
             step.prepare(self.graph, self.units)
-        covered = [site for site in (*context.weights(), *context.activations())]
+        covered = [*context.weights(), *context.activations()]
         if not covered:
             raise FewbitsError(f"{self.recipe.name}: the scheme covers no site of this model; see `fewbits inspect`")
         for site in context.weights():
             if site.param is None or site.view is None:
-                raise FewbitsError(f"{site.name} is computed in the forward, not stored; exclude it to keep it in floating point")
+                raise FewbitsError(
+                    f"{site.name} is computed in the forward, not stored; exclude it to keep it in floating point"
+                )
         lost = [site.name for site in covered if not any(unit.contains(site.module) for unit in self.units)]
         for name in lost:
             self.note(f"{name} lies in no unit and stays floating point; name its module with `units` to quantize it")
@@ -368,7 +405,8 @@ class Commits:
             changed = [key for key in identity if before.get(key) != json.loads(text)[key]]
             if changed:
                 raise FewbitsError(
-                    f"{folder} holds a run with another {' and '.join(changed)}; resume with the same settings, or use another folder"
+                    f"{folder} holds a run with another {' and '.join(changed)}; "
+                    "resume with the same settings, or use another folder"
                 )
         else:
             if folder.exists() and any(folder.glob("sweep*.safetensors")):
@@ -391,7 +429,9 @@ class Commits:
         return snapshot.read(self.path(sweep, index))
 
 
-def outside(model: nn.Module, attachment: Attachment, graph: Graph, units: list[Unit]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def outside(
+    model: nn.Module, attachment: Attachment, graph: Graph, units: list[Unit]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Snapshot of the parameters and quantizers that lie in no unit."""
     sites = [site for site in graph.sites.values() if not any(unit.contains(site.module) for unit in units)]
     return snapshot.take(model, attachment, names_outside(model, units), sites)
@@ -408,7 +448,7 @@ def fingerprint(batches: Sequence[Batch]) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of parameter names, shapes and a sample of each one's values (names and shapes only on the meta device)."""
+    """SHA-256 of parameter names, shapes and a sample of each one's values (no values on the meta device)."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, value in model.state_dict().items():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())

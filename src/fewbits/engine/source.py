@@ -25,7 +25,9 @@ def names_in(model: nn.Module, unit: Unit) -> list[str]:
 def names_outside(model: nn.Module, units: list[Unit]) -> list[str]:
     """Names of the parameters and persistent buffers that lie in no unit."""
     return [
-        name for name in model.state_dict(keep_vars=True) if not any(unit.contains(name.rpartition(".")[0]) for unit in units)
+        name
+        for name in model.state_dict(keep_vars=True)
+        if not any(unit.contains(name.rpartition(".")[0]) for unit in units)
     ]
 
 
@@ -65,7 +67,9 @@ class InMemory(Source):
         pass
 
     def remember(self, unit: Unit) -> None:
-        values = {name: operands.parameter(self.model, name).detach().cpu().clone() for name in names_in(self.model, unit)}
+        values = {
+            name: operands.parameter(self.model, name).detach().cpu().clone() for name in names_in(self.model, unit)
+        }
         self.store.put(("parameters", unit.name), values)
 
     def recall(self, unit: Unit) -> dict[str, Tensor]:
@@ -76,8 +80,8 @@ class InMemory(Source):
 class Streamed(Source):
     """A model on the meta device whose weights lie in safetensors files under the model's own parameter names.
 
-    Parameters outside the units are loaded once; a unit's only while it is processed. Raises `FewbitsError` for a folder without
-    safetensors files, a damaged file, or a parameter no file holds.
+    Parameters outside the units are loaded once; a unit's only while it is processed. Raises `FewbitsError` for a
+    folder without safetensors files, a damaged file, or a parameter no file holds.
     """
 
     streamed = True
@@ -110,7 +114,8 @@ class Streamed(Source):
         for name, buffer in model.named_buffers():
             if buffer.is_meta:
                 raise FewbitsError(
-                    f"buffer {name} has no values: build the model with real buffers (only its parameters on the meta device) to stream it"
+                    f"buffer {name} has no values: to stream the model, build it with real buffers "
+                    "(only its parameters on the meta device)"
                 )
 
     def bring_in(self, unit: Unit) -> None:

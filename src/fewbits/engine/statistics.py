@@ -15,7 +15,7 @@ from fewbits.rounding.hessian import HessianAccumulator, conv_patches
 
 
 class Statistic(ABC):
-    """Something accumulated over calibration batches. Two statistics with equal `key` at one tensor are gathered once."""
+    """Something accumulated over calibration batches. Statistics of equal `key` at one tensor are gathered once."""
 
     @property
     @abstractmethod
@@ -41,7 +41,14 @@ class AbsMax(Statistic):
     def key(self) -> tuple[Any, ...]:
         return ("absmax", self.axis)
 
+    @property
+    def seen(self) -> bool:
+        """Whether any data reached the site."""
+        return self._max is not None
+
     def update(self, x: Tensor, samples: int) -> None:
+        if not x.numel():
+            return
         seen = x.detach().float().abs().transpose(self.axis, -1).flatten(0, -2).amax(0)
         self._max = seen if self._max is None else torch.maximum(self._max, seen)
 
@@ -114,7 +121,7 @@ class Hessian(Statistic):
         self.conv = call.op in ("conv1d", "conv2d", "conv3d")
         if not self.conv and (call.op not in ("linear", "addmm", "matmul") and not call.op.startswith("linear")):
             raise FewbitsError(f"{site.name}: no Hessian is defined for {call.op}")
-        rows, *rest = _canonical_shape(site)
+        _, *rest = _canonical_shape(site)
         columns = 1
         for size in rest:
             columns *= size

@@ -72,7 +72,8 @@ def _same(a: Any, b: Any) -> bool:
 class Samples:
     """Trees of several batches joined along the sample axis, so that any rows can be drawn.
 
-    A tensor whose first axis is a multiple of its batch's size is per sample; any other must be the same in every batch.
+    A tensor whose first axis is a multiple of its batch's size is per sample; any other must be the same in every
+    batch.
     """
 
     leaves: list[Any]
@@ -107,7 +108,7 @@ class Samples:
             else:
                 shapes = sorted({tuple(c.shape) for c in column})
                 raise FewbitsError(
-                    f"{what}: inputs of shapes {shapes} cannot be joined by sample; give calibration batches of one shape, "
+                    f"{what}: inputs of shapes {shapes} cannot be joined by sample; give batches of one shape, "
                     "samples along the first axis"
                 )
         return cls(leaves, per_sample, spec, sum(sizes))

@@ -1,12 +1,11 @@
 """Weights in one orientation: rows are output channels, whatever the model's layer does with them.
 
-`canonical` turns the operand of a call into (out, in, *kernel); `restore` is its inverse. `read` and `write` do so for a site of a
-model, through the views (transposes, chunks, expert slices) the recorded forward took.
+`canonical` turns the operand of a call into (out, in, *kernel); `restore` is its inverse. `read` and `write` do so for
+a site of a model, through the views (transposes, chunks, expert slices) the recorded forward took.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
@@ -16,8 +15,9 @@ from fewbits.graph.types import Site
 def canonical(operand: Tensor, layout: str, groups: int = 1) -> Tensor:
     """(out, in, *kernel) from a call's weight operand; a view where the layout allows one.
 
-    "oi" is already so; "io" (`addmm`, `x @ w`) is transposed; "io_conv" (transposed convolution, (in, out/groups, *k)) becomes
-    (out, in/groups, *k); "expert_io" (experts, in, out) and "expert_oi" (experts, out, in) become (experts * out, in).
+    "oi" is already so; "io" (`addmm`, `x @ w`) is transposed; "io_conv" (transposed convolution, (in, out/groups, *k))
+    becomes (out, in/groups, *k); "expert_io" (experts, in, out) and "expert_oi" (experts, out, in) become (experts *
+    out, in).
     """
     if layout == "oi":
         return operand
@@ -85,7 +85,9 @@ def write(model: nn.Module, site: Site, weight: Tensor) -> None:
     target = operand(model, site)
     new = restore(weight, site.layout, tuple(target.shape), site.groups)
     if new.shape != target.shape:
-        raise FewbitsError(f"{site.name}: a weight of shape {tuple(weight.shape)} does not fit the parameter {tuple(target.shape)}")
+        raise FewbitsError(
+            f"{site.name}: a weight of shape {tuple(weight.shape)} does not fit the parameter {tuple(target.shape)}"
+        )
     target.copy_(new)
 
 

@@ -1,15 +1,16 @@
 """Tags that tell where in the network a site lies: layer inputs, matmul operands, first and last layers, layer outputs.
 
-`layer_input` and `matmul_operand` are where most papers put activation quantizers. `layer_output` is the other placement: after a
-layer's normalisation and activation, and after a residual add's activation instead of on the two branches before it (BRECQ's
-blocks); `bare_input` are the layer inputs and matmul operands that such outputs do not reach unchanged. `first_layer` and `last_layer`
-have no weighted layer before or after them; `lm_head` is a last layer that gives one row of logits per input token.
+`layer_input` and `matmul_operand` are where most papers put activation quantizers. `layer_output` is the other
+placement: after a layer's normalisation and activation, and after a residual add's activation instead of on the two
+branches before it (BRECQ's blocks); `bare_input` are the layer inputs and matmul operands that such outputs do not
+reach unchanged. `first_layer` and `last_layer` have no weighted layer before or after them; `lm_head` is a last layer
+that gives one row of logits per input token.
 """
 
 from __future__ import annotations
 
-from fewbits.graph.ops import ACTIVATIONS, IDENTITY, LAYOUT, MATMUL, NORMS
 from fewbits.graph.flow import Flow
+from fewbits.graph.ops import ACTIVATIONS, IDENTITY, LAYOUT, MATMUL, NORMS
 from fewbits.graph.types import Call, Graph, Ref, Site
 
 _FOLLOWS = frozenset((*NORMS, *ACTIVATIONS))
@@ -61,20 +62,20 @@ def tag_positions(graph: Graph, sites: dict[str, Site]) -> None:
 
 
 def layer_output(graph: Graph, flow: Flow, call: Call) -> int:
-    """The call whose output stands for a layer's output: past its norm, activation and residual add where these follow alone."""
+    """The call whose output stands for a layer's: past the norm, activation and residual add that alone follow it."""
     current = call
     while True:
         after = _sole_reader(graph, current)
         if after is None:
             return current.index
-        if after.op in _FOLLOWS or after.op == "add" and flow.is_residual(after):
+        if after.op in _FOLLOWS or (after.op == "add" and flow.is_residual(after)):
             current = after
             continue
         return current.index
 
 
 def following_activation(graph: Graph, call: Call) -> list[Call]:
-    """The calls from a layer's output to the activation that alone reads it, a norm between included; empty if there is none."""
+    """The calls from a layer's output to the activation that alone reads it, with any norm between; empty if none."""
     chain: list[Call] = []
     current = call
     while (after := _sole_reader(graph, current)) is not None and after.op in _FOLLOWS:
@@ -86,7 +87,7 @@ def following_activation(graph: Graph, call: Call) -> list[Call]:
 
 
 def _from_tokens(graph: Graph, call: Call) -> bool:
-    """Whether a lookup's indices come from an integer input of the model, however they were reshaped or clamped on the way."""
+    """Whether a lookup's indices are an integer input of the model, reshaped or clamped on the way perhaps."""
     tokens = {value for value in graph.inputs if not graph.values[value].dtype.is_floating_point}
     indices = call.bound.get("indices")
     frontier = [indices.value] if isinstance(indices, Ref) else []
@@ -141,5 +142,3 @@ def _without_later(graph: Graph, flow: Flow, layers: list[Call]) -> set[int]:
         if later or call.index in marks or product:
             leads.update(ref.value for ref in call.refs())
     return last
-
-

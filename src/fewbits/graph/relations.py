@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from fewbits.graph.labels import FIRST, FIXED, distinct
-from fewbits.graph.propagate import REPLACEABLE, Propagation, Slot, Vector, View, propagate
-from fewbits.graph.types import CallKey, Graph
+from fewbits.graph.propagate import propagate
+from fewbits.graph.propagation import Propagation, Slot, Vector
+from fewbits.graph.rules_elementwise import REPLACEABLE
+from fewbits.graph.types import CallKey, Graph, View
 
 USES = frozenset({"scale", "positive_scale", "shift", "permute", "rotate"})
 _TAG_FORBIDS: dict[str, frozenset[str]] = {
@@ -449,14 +451,14 @@ def _extend_stacks(p: Propagation) -> list[str]:
     """
     partial: list[str] = []
     seen_in: dict[str, int] = {}
-    for name, slots in p._by_param.items():
+    for name, slots in p.by_param.items():
         shape = slots[0].shape
         stack = shape[0] if len(shape) == 3 else 0
         single = [s for s in slots if stack and _stack_member(s) is not None]
         if single and len(single) == len(slots):
             groups = {_stack_member(s): s for s in single}
             for number, slot in groups.items():
-                slot.name = f"{name}[{number}]"
+                slot.name = f"{name}.{number}"
             missing = [e for e in range(stack) if e not in groups]
             if not missing:
                 continue
@@ -469,7 +471,7 @@ def _extend_stacks(p: Propagation) -> list[str]:
                 view = (example.view[0], example.view[1], number * example.shape[1] * example.shape[2])
                 new = replace(
                     example,
-                    name=f"{name}[{number}]",
+                    name=f"{name}.{number}",
                     view=view,
                     out=p.labels.fresh(len(example.out)),
                     inputs=None if example.inputs is None else p.labels.fresh(len(example.inputs)),

@@ -38,7 +38,7 @@ def find_sites(graph: Graph, param_shapes: dict[str, tuple[int, ...]]) -> dict[s
                 site.param = value.param
                 site.layout = _layout(call, flow, len(value.shape))
                 site.groups = _groups(call)
-                site.view = _view(graph, ref.value, shape)
+                site.view = None if shape is None else graph.view_of(ref.value, shape)
                 site.sliced = shape is not None and _elements(value.shape) != _elements(shape)
             sites[name] = site
     sites = _with_unvisited(sites, param_shapes)
@@ -228,19 +228,3 @@ def _groups(call: Call) -> int:
     if not call.op.startswith("conv"):
         return 1
     return int(call.kwargs.get("groups", call.args[6] if len(call.args) > 6 else 1))
-
-
-def _view(
-    graph: Graph, value: int, shape: tuple[int, ...] | None
-) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
-    """(size, stride, offset) of a parameter-derived value within its parameter, or None where the forward copies."""
-    if shape is None:
-        return None
-    source = torch.empty(shape, device="meta")
-    try:
-        operand = graph.replay(value, source)
-    except (RuntimeError, TypeError, IndexError):
-        return None
-    if operand is not source and not operand._is_view():
-        return None
-    return tuple(operand.shape), tuple(operand.stride()), int(operand.storage_offset())

@@ -36,8 +36,8 @@ def clean(path: str) -> str:
 class Frame:
     """One running call of a module: its path and how often each op was seen in it.
 
-    `part` is the slice of a parameter stack (an expert) that the module is working on, None outside of such loops. `raised` is the
-    exception that was being handled when the call started.
+    `part` is the slice of a parameter stack (an expert) that the module is working on, None outside of such loops.
+    `raised` is the exception that was being handled when the call started.
     """
 
     __slots__ = ("counts", "module", "part", "path", "raised", "use")
@@ -52,7 +52,7 @@ class Frame:
 
 
 def in_flight() -> BaseException | None:
-    """The exception being handled here, None where there is none (or inside a compiled forward, which is never left by one)."""
+    """The exception being handled here, or None; inside a compiled forward always None, as none ever leaves it."""
     return None if torch.compiler.is_compiling() else sys.exc_info()[1]
 
 
@@ -96,8 +96,8 @@ _compiler: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_fr
 class _Mode(TorchFunctionMode):
     """Hands every torch call to the tracer.
 
-    torch.compile may compile a model's hooks and its forward one by one: the mode then stays entered while the forward's finished graph
-    runs, whose calls went through it when the graph was made and must not go through it again.
+    torch.compile may compile a model's hooks and its forward one by one: the mode then stays entered while the
+    forward's finished graph runs, whose calls went through it when the graph was made and must not go through it again.
     """
 
     def __init__(self, tracer: Tracer) -> None:
@@ -127,7 +127,7 @@ class Tracer:
 
     # -- attaching ---------------------------------------------------------------------------------------------------
     def install(self, model: nn.Module) -> None:
-        """Hook every module but wrappers around the model. A scripted submodule refuses hooks and is reported by the caller."""
+        """Hook every module but wrappers around the model. Scripted modules refuse hooks; the caller reports them."""
         named = list(model.named_modules())
         innermost = {clean(path): path for path, _ in named}
         for path, module in named:

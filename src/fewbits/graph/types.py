@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: (module path, canonical op, ordinal within this call of that module): the run-time address of an op.
 CallKey = tuple[str, str, int]
+#: Strided placement of an operand within its contiguous parameter: size, stride, offset.
+View = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Value:
     """One tensor that flowed through the forward.
 
     `param` names the parameter or buffer this value is, or is laid out from (views, chunks, casts). `data` keeps the
-    contents of integer and boolean tensors that do not come from the model's inputs (index tables), for re-running layout ops.
+    contents of integer and boolean tensors that do not come from the model's inputs (index tables), for re-running
+    layout ops.
     """
 
     id: int
@@ -67,10 +70,11 @@ class Call:
 class Site:
     """One tensor at one place in the forward that can be quantized.
 
-    `name` is stable over runs; `role` is the operand (`weight`, `input`, `lhs`, `rhs`, `output`), `slot` the place in the call it is
-    passed at; `tags` come from data flow. For weight sites `param` is the parameter's name, `layout` tells how the operand relates to
-    (out, in) (see `operands.canonical`), and `view` is the (size, stride, offset) of the operand within a contiguous parameter, None
-    where the forward copies the parameter first. `call` is the first call's index.
+    `name` is stable over runs; `role` is the operand (`weight`, `input`, `lhs`, `rhs`, `output`), `slot` the place in
+    the call it is passed at; `tags` come from data flow. For weight sites `param` is the parameter's name, `layout`
+    tells how the operand relates to (out, in) (see `operands.canonical`), and `view` is the (size, stride, offset) of
+    the operand within a contiguous parameter, None where the forward copies the parameter first. `call` is the first
+    call's index.
     """
 
     name: str
@@ -85,25 +89,49 @@ class Site:
     param: str | None = None
     layout: str = "oi"
     groups: int = 1
-    view: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+    view: View | None = None
     sliced: bool = False  # the operand is a part of the parameter (expert slice, chunk)
     uses: int = 1
     used_by: tuple[str, ...] = ()  # other places where the same parameter is read
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, enough to attach a quantizer to a rebuilt model without recording it again."""
-        data = {name: getattr(self, name) for name in ("name", "op", "role", "slot", "param", "layout", "groups", "sliced")}
-        return {**data, "key": list(self.key), "shape": list(self.shape), "tags": sorted(self.tags), "view": self.view, "used_by": self.used_by}
+        data = {
+            name: getattr(self, name) for name in ("name", "op", "role", "slot", "param", "layout", "groups", "sliced")
+        }
+        return {
+            **data,
+            "key": list(self.key),
+            "shape": list(self.shape),
+            "tags": sorted(self.tags),
+            "view": self.view,
+            "used_by": self.used_by,
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Site:
-        size, stride, offset = data["view"] or (None, None, None)
         path, op, ordinal = data["key"]
+        view = None
+        if data["view"] is not None:
+            size, stride, offset = data["view"]
+            view = (tuple(size), tuple(stride), int(offset))
         return cls(
-            data["name"], (path, op, int(ordinal)), data["op"], data["role"], data["slot"], -1, -1, tuple(data["shape"]),
-            frozenset(data["tags"]), data["param"], data["layout"], int(data["groups"]),
-            None if size is None else (tuple(size), tuple(stride), int(offset)), bool(data["sliced"]), used_by=tuple(data["used_by"]),
-        )  # fmt: skip
+            name=data["name"],
+            key=(path, op, int(ordinal)),
+            op=data["op"],
+            role=data["role"],
+            slot=data["slot"],
+            call=-1,
+            value=-1,
+            shape=tuple(data["shape"]),
+            tags=frozenset(data["tags"]),
+            param=data["param"],
+            layout=data["layout"],
+            groups=int(data["groups"]),
+            view=view,
+            sliced=bool(data["sliced"]),
+            used_by=tuple(data["used_by"]),
+        )
 
     @property
     def module(self) -> str:
@@ -200,10 +228,10 @@ class Graph:
         return next((unit for unit in self.units if unit.contains(path)), None)
 
     def replay(self, value_id: int, source: torch.Tensor) -> torch.Tensor:
-        """The value a recorded parameter-derived value has when its parameter is `source` (same shape as the parameter).
+        """The value a recorded parameter-derived value has when its parameter is `source`, of the parameter's shape.
 
-        The layout ops between the parameter and the value are run on `source` itself: the result is a view of it wherever torch makes
-        one, so slices, chunks and transposes need no rules of their own. Casts are skipped.
+        The layout ops between the parameter and the value are run on `source` itself: the result is a view of it
+        wherever torch makes one, so slices, chunks and transposes need no rules of their own. Casts are skipped.
         """
         value = self.values[value_id]
         if value.call is None:
@@ -218,17 +246,32 @@ class Graph:
 
         if call.op in CASTS:
             return self.replay(next(call.refs()).value, source)
-        args, kwargs = torch.utils._pytree.tree_map(fill, (call.args, call.kwargs), is_leaf=lambda x: isinstance(x, Ref))
+        args, kwargs = torch.utils._pytree.tree_map(
+            fill, (call.args, call.kwargs), is_leaf=lambda x: isinstance(x, Ref)
+        )
         out = call.func(*args, **kwargs)
         leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         return leaves[call.outputs.index(value_id)]
 
     def index_of(self, value_id: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """Element indices (int64, the value's shape) into the parameter, of the given shape, that a value is laid out from."""
+        """Indices (int64, the value's shape) into a parameter of the given shape of the elements a value is made of."""
         return self.replay(value_id, torch.arange(torch.Size(shape).numel()).view(shape))
+
+    def view_of(self, value_id: int, shape: tuple[int, ...]) -> View | None:
+        """Where a value lies within its contiguous parameter of the given shape; None where the forward copies."""
+        source = torch.empty(shape, device="meta")
+        try:
+            value = self.replay(value_id, source)
+        except (RuntimeError, TypeError, IndexError, NotImplementedError):
+            return None
+        if value is not source and not value._is_view():
+            return None
+        return tuple(value.shape), tuple(value.stride()), int(value.storage_offset())
 
     def __deepcopy__(self, memo: Any) -> Graph:
         return self  # a record of the past: copies of a model share it
 
 
-CASTS = frozenset("to float half bfloat16 double type type_as detach clone data cuda cpu requires_grad_ contiguous".split())
+CASTS = frozenset(
+    "to float half bfloat16 double type type_as detach clone data cuda cpu requires_grad_ contiguous".split()
+)

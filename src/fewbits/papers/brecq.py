@@ -2,15 +2,15 @@
 
 Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu (UESTC, SenseTime Research); ICLR 2021.
 
-Brings the residual block as the unit of reconstruction: the rounding variables of all weights in a block are trained together on the
-block's output error, optionally weighted by the diagonal or full Fisher information (sections 3.2 and 3.3). Then, weights final, the
-step sizes of the activation quantizers are tuned block by block. Reuses AdaRound's relaxation, batch-norm folding, per-channel
-affine weights and per-tensor activations, both with the range of least |error|^2.4.
-First and last layer: 8-bit weights, and the first layer is rounded to nearest. Activations are quantized after a layer's activation
-and after a residual add's, not on the branches.
+Brings the residual block as the unit of reconstruction: the rounding variables of all weights in a block are trained
+together on the block's output error, optionally weighted by the diagonal or full Fisher information (sections 3.2 and
+3.3). Then, weights final, the step sizes of the activation quantizers are tuned block by block. Reuses AdaRound's
+relaxation, batch-norm folding, per-channel affine weights and per-tensor activations, both with the range of least
+|error|^2.4. First and last layer: 8-bit weights, and the first layer is rounded to nearest. Activations are quantized
+after a layer's activation and after a residual add's, not on the branches.
 
-Departs from the released code: the tensor that feeds the last layer is kept at 8 bits itself (the release sets another tensor on
-ResNets). The paper's genetic mixed-precision search is not in this recipe.
+Departs from the released code: the tensor that feeds the last layer is kept at 8 bits itself (the release sets another
+tensor on ResNets). The paper's genetic mixed-precision search is not in this recipe.
 """
 
 from __future__ import annotations
@@ -39,12 +39,17 @@ def recipe(
     edges_8bit: bool = True,
     placement: Literal["outputs", "inputs"] = "outputs",
 ) -> Recipe:
-    """`lr`: of the activation step sizes. `edges_8bit`: first and last layer at 8 bits. `placement`: where activation quantizers sit."""
+    """`lr`: of the activation step sizes. `edges_8bit`: first and last layer at 8 bits.
+
+    `placement`: activation quantizers at the outputs of layers and blocks, or at the inputs of layers.
+    """
     search = ShrinkSearch()
     weights = weight_rules(bits, raw_affine(bits.weight or 8), search, without=HEAD)
     steps: tuple[Step, ...] = (
         FoldBatchNorm(),
-        ReconstructUnit(iters_w, batch, loss=opt_mode, fisher_damping=fisher_damping, annealing=Annealing(round_weight)),
+        ReconstructUnit(
+            iters_w, batch, loss=opt_mode, fisher_damping=fisher_damping, annealing=Annealing(round_weight)
+        ),
     )
     activations: tuple[Rule, ...] = ()
     if bits.activation is not None:
@@ -65,4 +70,11 @@ def recipe(
             for edge in ("first_layer", "last_layer")
             if rule.spec is not None
         )
-    return Recipe("brecq", bits, Scheme(weights, activations, overrides), steps, Calibration(1024, 32), frozenset({"rounding", "tuning"}))
+    return Recipe(
+        "brecq",
+        bits,
+        Scheme(weights, activations, overrides),
+        steps,
+        Calibration(1024, 32),
+        frozenset({"rounding", "tuning"}),
+    )

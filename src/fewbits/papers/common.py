@@ -1,10 +1,10 @@
-"""Scheme lines that several papers share: which sites hold weights and activations, and how they are usually quantized."""
+"""Scheme lines that several papers share: which sites hold weights and activations, and their usual grids."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from fewbits.formats import Format, Granularity, PerChannel, PerGroup, PerToken, symmetric
+from fewbits.formats import Format, Granularity, PerChannel, PerGroup, PerToken, format_from_dict, symmetric
 from fewbits.ranges import AbsMax, Range
 from fewbits.recipe import Bits, QSpec, Rule
 
@@ -13,8 +13,15 @@ EMBEDDING = frozenset({"embedding"})
 HEAD = frozenset({"embedding", "lm_head"})
 
 
-def weight_rules(bits: Bits, fmt: Format, range_: Range, *, without: frozenset[str] = EMBEDDING, granularity: Granularity | None = None) -> tuple[Rule, ...]:
-    """One grid per output row, or per row and group where the bits name a group; no rule where weights stay floating point."""
+def weight_rules(
+    bits: Bits,
+    fmt: Format,
+    range_: Range,
+    *,
+    without: frozenset[str] = EMBEDDING,
+    granularity: Granularity | None = None,
+) -> tuple[Rule, ...]:
+    """One grid per output row, or per row and group where the bits name a group; none where weights stay float."""
     if bits.weight is None:
         return ()
     if granularity is None:
@@ -39,5 +46,5 @@ def input_rules(spec: QSpec, *, matmuls: bool = True, without: frozenset[str] = 
 
 
 def at_bits(spec: QSpec, bits: int) -> QSpec:
-    """The same quantizer at another width."""
-    return dataclasses.replace(spec, format=dataclasses.replace(spec.format, bits=bits))
+    """The same quantizer at another width. Raises `FewbitsError` for a format that has only one."""
+    return dataclasses.replace(spec, format=format_from_dict({**spec.format.to_dict(), "bits": bits}))

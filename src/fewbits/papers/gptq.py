@@ -2,14 +2,14 @@
 
 Frantar, Ashkboos, Hoefler, Alistarh; ICLR 2023; arXiv:2210.17323.
 
-Brings a rounding solver: all rows of a weight share one column order, each rounded column's error is pushed into the columns still to
-come through the Cholesky factor of the inverse Hessian, in lazy blocks of 128 (sections 3.2 and 3.3). Blocks of the model are
-solved in order, on inputs that came through the blocks already quantized. Embeddings and the language-model head stay float.
-Grids: min/max per row or group, asymmetric, zero inside; with `sym`, symmetric. Activations, where bits ask for them, are per-token
-(not part of the paper).
+Brings a rounding solver: all rows of a weight share one column order, each rounded column's error is pushed into the
+columns still to come through the Cholesky factor of the inverse Hessian, in lazy blocks of 128 (sections 3.2 and 3.3).
+Blocks of the model are solved in order, on inputs that came through the blocks already quantized. Embeddings and the
+language-model head stay float. Grids: min/max per row or group, asymmetric, zero inside; with `sym`, symmetric.
+Activations, where bits ask for them, are per-token (not part of the paper).
 
-Departs from the released code (`variant="paper"`, the default): a symmetric grid does not saturate rows without negative values, and
-dynamic groups are fitted on fully updated weights. `variant="released"` reproduces both.
+Departs from the released code (`variant="paper"`, the default): a symmetric grid does not saturate rows without
+negative values, and dynamic groups are fitted on fully updated weights. `variant="released"` reproduces both.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def recipe(
     static_groups: bool = False,
     variant: Literal["paper", "released"] = "paper",
 ) -> Recipe:
-    """`percdamp`: damping as a share of the Hessian's mean diagonal. `mse`: shrink each range for the least |error|^2.4."""
+    """`percdamp`: damping as a share of the Hessian's mean diagonal. `mse`: ranges shrunk for the least |error|^2.4."""
     released = variant == "released"
     grid = gptq_grid(bits.weight or 8, sym=sym, saturate_one_sided=released)
     ranges = ShrinkSearch(steps=80, step=0.01, p=2.4, reduction="sum") if mse else MinMax()

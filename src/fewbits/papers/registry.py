@@ -1,4 +1,4 @@
-"""From names to recipes. A paper is a file of this folder with a function `recipe(bits, *, option=default, ...) -> Recipe`."""
+"""From names to recipes. A paper is a file of this folder with a function `recipe(bits, *, option=...) -> Recipe`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ COMMON_OPTIONS: dict[str, tuple[type, Any, str]] = {
 
 def recipe_names() -> list[str]:
     """Names of all recipes: implemented papers and baselines. Does not import torch."""
-    return sorted(path.stem.replace("_", "-") for path in Path(__file__).parent.glob("*.py") if path.stem not in _NOT_PAPERS)
+    return sorted(
+        path.stem.replace("_", "-") for path in Path(__file__).parent.glob("*.py") if path.stem not in _NOT_PAPERS
+    )
 
 
 def implemented() -> set[str]:
@@ -40,16 +42,18 @@ def implemented() -> set[str]:
 def build_recipe(name: str, bits: str, options: dict[str, Any] | None = None) -> Recipe:
     """The recipe of a paper, or of papers joined by `+`, at the given bits.
 
-    `options` are the paper functions' keyword arguments, as values or strings; `slug.option` addresses one of several. Raises
-    `FewbitsError` for an unknown name (with the nearest), an unknown option, a value that does not parse, papers that cannot
-    be joined, and bits a paper cannot do.
+    `options` are the paper functions' keyword arguments, as values or strings; `slug.option` addresses one of several.
+    Raises `FewbitsError` for an unknown name (with the nearest), an unknown option, a value that does not parse, papers
+    that cannot be joined, and bits a paper cannot do.
     """
     from fewbits.recipe import Bits, join
 
     parsed = Bits.parse(bits)
     parts = [part.strip() for part in name.split("+")]
     given = dict(options or {})
-    common = {key: _convert(key, given.pop(key), COMMON_OPTIONS[key][0]) for key in list(given) if key in COMMON_OPTIONS}
+    common = {
+        key: _convert(key, given.pop(key), COMMON_OPTIONS[key][0]) for key in list(given) if key in COMMON_OPTIONS
+    }
     built: list[Recipe] = []
     used: set[str] = set()
     for slug in parts:
@@ -62,7 +66,9 @@ def build_recipe(name: str, bits: str, options: dict[str, Any] | None = None) ->
             chosen[option] = _convert(key, value, known[option][0])
             used.add(key)
         made = _module(slug).recipe(parsed, **chosen)
-        built.append(_named(made, slug, {option: chosen.get(option, default) for option, (_, default, _) in known.items()}))
+        built.append(
+            _named(made, slug, {option: chosen.get(option, default) for option, (_, default, _) in known.items()})
+        )
     unknown = [key for key in given if key not in used]
     if unknown:
         available = sorted({option for slug in parts for option in options_of(slug)} | set(COMMON_OPTIONS))
@@ -151,7 +157,9 @@ def _apply_common(recipe: Recipe, options: dict[str, Any]) -> Recipe:
             rules = getattr(scheme, field)
             for tag in ("first_layer", "last_layer"):
                 overrides += [
-                    dataclasses.replace(rule, spec=at_bits(rule.spec, bits), tags=rule.tags | {tag}) for rule in rules if rule.spec is not None
+                    dataclasses.replace(rule, spec=at_bits(rule.spec, bits), tags=rule.tags | {tag})
+                    for rule in rules
+                    if rule.spec is not None
                 ]
     overrides += [Rule(None, sites=glob.strip()) for glob in options.get("exclude", "").split(",") if glob.strip()]
     calibration = recipe.calibration

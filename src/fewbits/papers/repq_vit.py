@@ -2,14 +2,14 @@
 
 Li, Xiao, Yang, Gu (Institute of Automation, Chinese Academy of Sciences); ICCV 2023.
 
-Brings the split of calibration quantizers from inference quantizers (section 4). Inputs that a LayerNorm feeds are calibrated channel by
-channel, then turned into one quantizer per tensor by a scale and a shift folded into the norm and the next weights, which are
-re-calibrated; attention maps use a log-sqrt2 grid, run as base-2 shifts with a parity factor. Ranges are the best of three
-quantiles by squared error. Weights are per output channel, asymmetric; inputs of convolutions stay at 8 bits. Everything is
-calibrated in one forward in which earlier quantizers already act.
+Brings the split of calibration quantizers from inference quantizers (section 4). Inputs that a LayerNorm feeds are
+calibrated channel by channel, then turned into one quantizer per tensor by a scale and a shift folded into the norm and
+the next weights, which are re-calibrated; attention maps use a log-sqrt2 grid, run as base-2 shifts with a parity
+factor. Ranges are the best of three quantiles by squared error. Weights are per output channel, asymmetric; inputs of
+convolutions stay at 8 bits. Everything is calibrated in one forward in which earlier quantizers already act.
 
-Departs from the released code (`variant="released"` reproduces it): the mean zero point is rounded first, so codes are integers; the top
-code of the log grid is kept for exact zero, so that it has 2^b levels, not 2^b + 1.
+Departs from the released code (`variant="released"` reproduces it): the mean zero point is rounded first, so codes are
+integers; the top code of the log grid is kept for exact zero, so that it has 2^b levels, not 2^b + 1.
 """
 
 from __future__ import annotations

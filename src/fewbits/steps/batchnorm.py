@@ -19,22 +19,27 @@ from fewbits.transforms.fold import fold_batch_norm
 class FoldBatchNorm(Step):
     """Move each batch norm's scale into the convolution or linear that alone feeds it.
 
-    The norm stays in place, reduced to adding a constant, so the model keeps its modules and `state_dict` keys. Norms with other inputs
-    are left as they are.
+    The norm stays in place, reduced to adding a constant, so the model keeps its modules and `state_dict` keys. Norms
+    with other inputs are left as they are.
     """
 
     part: ClassVar[str] = "transform"
     scope: ClassVar[str] = "model"
     stage: ClassVar[int] = 0
 
-    def apply(self, unit: ModelContext) -> None:  # type: ignore[override]
+    def apply(self, unit: ModelContext) -> None:
         for site, norm in foldable(unit.graph):
             layer = unit.graph.calls[site.call]
-            names = {slot: _parameter_name(unit.graph, norm, slot) for slot in ("running_mean", "running_var", "weight", "bias")}
+            names = {
+                slot: _parameter_name(unit.graph, norm, slot)
+                for slot in ("running_mean", "running_var", "weight", "bias")
+            }
             mean_name, var_name = names["running_mean"], names["running_var"]
             if mean_name is None or var_name is None or norm.kwargs.get("training"):
                 continue
-            held = {slot: None if name is None else operands.parameter(unit.model, name) for slot, name in names.items()}
+            held = {
+                slot: None if name is None else operands.parameter(unit.model, name) for slot, name in names.items()
+            }
             eps = norm.kwargs.get("eps", norm.args[7] if len(norm.args) > 7 else 1e-5)
             bias_name = _parameter_name(unit.graph, layer, "bias")
             bias = None if bias_name is None else operands.parameter(unit.model, bias_name)
@@ -54,8 +59,12 @@ class FoldBatchNorm(Step):
 
 
 def foldable(graph: Graph) -> list[tuple[Site, Call]]:
-    """(weight site, batch-norm call) wherever a layer's output is read by that norm alone and both run once with own parameters."""
-    weights = {site.call: site for site in graph.sites.values() if site.role == "weight" and not site.used_by and site.uses == 1}
+    """(weight site, batch-norm call) where that norm alone reads a layer's output; both run once, on own parameters."""
+    weights = {
+        site.call: site
+        for site in graph.sites.values()
+        if site.role == "weight" and not site.used_by and site.uses == 1
+    }
     found: list[tuple[Site, Call]] = []
     for call in graph.calls:
         source = call.bound.get("input")

@@ -19,8 +19,8 @@ from fewbits.recipe import Step
 class CalibrateActivations(Step):
     """Parameters from what each site carries when the unit runs in floating point on the regime's stream.
 
-    Ranges that need only minimum and maximum see all the data; others see the values of the first `samples` samples. Dynamic
-    quantizers need no data.
+    Ranges that need only minimum and maximum see all the data; others see the values of the first `samples` samples.
+    Dynamic quantizers need no data.
     """
 
     samples: int = 64
@@ -77,8 +77,9 @@ class AttachDynamic(Step):
 class CalibrateInline(Step):
     """One forward with every quantizer active, each fitted on the first tensor it sees.
 
-    Later sites are thus calibrated on already quantized inputs, weights included (RepQ-ViT section 4.1, BRECQ's activation stage).
-    `samples` samples form the one batch. With `weights` the weights are quantized to the nearest meanwhile, in the forward only.
+    Later sites are thus calibrated on already quantized inputs, weights included (RepQ-ViT section 4.1, BRECQ's
+    activation stage). `samples` samples form the one batch. With `weights` the weights are quantized to the nearest
+    meanwhile, in the forward only.
     """
 
     samples: int = 32

@@ -19,8 +19,8 @@ from fewbits.steps.nearest import round_nearest
 class ColumnSolver(Step):
     """GPTQ's sweep over the columns of each weight (`rounding.gptq`).
 
-    Weights of a unit are solved together, or, in the `true_sequential` regime, set by set: those that read one tensor form a set, and the
-    Hessians of the next set are gathered with the earlier ones quantized.
+    Weights of a unit are solved together, or, in the `true_sequential` regime, set by set: those that read one tensor
+    form a set, and the Hessians of the next set are gathered with the earlier ones quantized.
     """
 
     damping: float = 0.01
@@ -67,9 +67,17 @@ class ColumnSolver(Step):
                 weight = weight.unflatten(0, (hessian.shape[0], -1))
             try:
                 solution = gptq(
-                    weight, hessian, spec.format, spec.range, group_size=size, block_size=self.block_size, damping=self.damping,
-                    act_order=self.act_order, static_groups=self.static_groups, stale_groups=self.stale_groups,
-                )  # fmt: skip
+                    weight,
+                    hessian,
+                    spec.format,
+                    spec.range,
+                    group_size=size,
+                    block_size=self.block_size,
+                    damping=self.damping,
+                    act_order=self.act_order,
+                    static_groups=self.static_groups,
+                    stale_groups=self.stale_groups,
+                )
             except FewbitsError as error:
                 raise FewbitsError(f"{site.name}: {error}") from error
             codes, params, index = solution.codes, solution.params, solution.group_index
@@ -77,7 +85,10 @@ class ColumnSolver(Step):
                 codes = codes.flatten(0, 1)
                 params = {name: value.flatten(0, 1) for name, value in params.items()}
                 if index is not None and self.act_order and not self.static_groups:
-                    raise FewbitsError(f"{site.name}: act-order with dynamic groups is not possible on a grouped convolution; use static_groups")
+                    raise FewbitsError(
+                        f"{site.name}: act-order with dynamic groups is not possible on a grouped convolution; "
+                        "use static_groups"
+                    )
                 index = None
             if not (self.act_order and not self.static_groups):
                 index = None  # contiguous groups need no table

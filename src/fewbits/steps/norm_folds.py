@@ -1,4 +1,4 @@
-"""Channel changes folded into a norm before and the linears after it: SmoothQuant's scaling, RepQ-ViT's scale and shift."""
+"""Channel changes folded into a norm and the linears after it: SmoothQuant's scaling, RepQ-ViT's scale and shift."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def input_site(graph: Graph, end: End) -> Site:
 
 @dataclass(frozen=True)
 class Smooth(Step):
-    """Balance the largest activation and the largest weight of every channel between a norm and the linears that read it.
+    """Balance the largest activation and weight of every channel between a norm and the linears that read it.
 
     All linears that share the input share one scale. Statistics come from the float model before any change.
     """
@@ -64,7 +64,10 @@ class Smooth(Step):
         usable = [relation for relation in relations if not relation.uncovered]
         for relation in relations:
             if relation.uncovered:
-                unit.note(f"{relation.name} is not smoothed: the recorded forward did not use all of {', '.join(relation.uncovered[:3])}")
+                unit.note(
+                    f"{relation.name} is not smoothed: the recorded forward did not use all of "
+                    f"{', '.join(relation.uncovered[:3])}"
+                )
         if not usable:
             return
         statistics = {input_site(unit.graph, end).name: AbsMax() for relation in usable for end in relation.consumers}
@@ -73,7 +76,9 @@ class Smooth(Step):
             activation = torch.zeros(relation.size)
             weight = torch.zeros(1, relation.size)
             for end in relation.consumers:
-                seen = statistics[input_site(unit.graph, end).name].value().cpu()
+                statistic = statistics[input_site(unit.graph, end).name]
+                # An expert that no calibration token reached still counts through its weights.
+                seen = statistic.value().cpu() if statistic.seen else torch.zeros(len(end.channel_of))
                 largest = channels(unit.model, end).abs().amax(1).float().cpu()
                 taking = end.channel_of >= 0
                 index = end.channel_of[taking]
@@ -88,8 +93,8 @@ class Smooth(Step):
 class Reparameterize(Step):
     """Turn channel-wise input quantizers behind a norm into one per tensor, by a scale and shift folded around them.
 
-    With an integer zero point the codes stay exactly what they were. `round_zero_point` rounds the mean zero point first; the released
-    code leaves it fractional.
+    With an integer zero point the codes stay exactly what they were. `round_zero_point` rounds the mean zero point
+    first; the released code leaves it fractional.
     """
 
     round_zero_point: bool = True
@@ -116,7 +121,9 @@ class Reparameterize(Step):
             if not wise:
                 continue
             if len(wise) != len(held) or any(not torch.equal(q.params["scale"], wise[0].params["scale"]) for q in wise):
-                raise FewbitsError(f"{relation.name}: the linears that share this input have different quantizers; they must agree")
+                raise FewbitsError(
+                    f"{relation.name}: the linears that share this input have different quantizers; they must agree"
+                )
             self._fold(unit, relation, sites, wise)
 
     def _fold(self, unit: UnitContext, relation: Relation, sites: list[Site], wise: list[Quantizer]) -> None:

@@ -18,11 +18,11 @@ from fewbits.errors import FewbitsError
 from fewbits.formats import Uniform
 from fewbits.graph.types import Site
 from fewbits.quantizer import Quantizer
+from fewbits.recipe import QSpec, Step
 from fewbits.reconstruction.fisher import fisher_weight
 from fewbits.reconstruction.loop import Group, minimise
 from fewbits.reconstruction.losses import fisher_diagonal_loss, fisher_full_loss, power_loss
 from fewbits.reconstruction.sampling import without_replacement
-from fewbits.recipe import QSpec, Step
 from fewbits.rounding.adaround import LearnedRounding, RoundingRegulariser
 from fewbits.steps.nearest import round_nearest
 
@@ -55,16 +55,22 @@ class Annealing:
 
     def over(self, roundings: list[LearnedRounding], iterations: int) -> RoundingRegulariser:
         return RoundingRegulariser(
-            roundings, iterations=iterations, weight=self.weight, warm_start=self.warm_start, start=self.start, end=self.end,
-            schedule=self.schedule, first_count=self.first_count,
-        )  # fmt: skip
+            roundings,
+            iterations=iterations,
+            weight=self.weight,
+            warm_start=self.warm_start,
+            start=self.start,
+            end=self.end,
+            schedule=self.schedule,
+            first_count=self.first_count,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
 
 def start_rounding(unit: UnitContext, site: Site) -> tuple[QSpec, Quantizer, LearnedRounding] | None:
-    """A learned rounding on the scheme's grid for a weight; None (and nearest rounding) where the grid is not uniform or the first layer's."""
+    """A learned rounding on the scheme's grid for a weight; None, and nearest rounding, where that is not uniform."""
     spec = unit.spec(site)
     assert spec is not None
     if not isinstance(spec.format, Uniform):
@@ -133,7 +139,9 @@ class ReconstructLayers(Step):
         x_float, x = _by_sample(float_in.value(), count), _by_sample(quantized_in.value(), count)
         weight = unit.weight(site)
         with torch.no_grad():
-            y = torch.cat([_by_sample(layer(part.flatten(0, 1), weight), len(part)) for part in x_float.split(self.batch)])
+            y = torch.cat(
+                [_by_sample(layer(part.flatten(0, 1), weight), len(part)) for part in x_float.split(self.batch)]
+            )
         del x_float
         axis = channel_axis(unit.graph, unit.graph.calls[site.call].outputs[0])
 
@@ -154,8 +162,9 @@ class ReconstructLayers(Step):
 class ReconstructUnit(Step):
     """BRECQ: all weights of a unit together, against the float unit's output, inputs from the quantized prefix.
 
-    `loss`: plain squared error, or weighted by the diagonal or the full (rank-one) Fisher information of the task loss at the unit's
-    output; `fisher_damping` is added to the absolute gradients. A unit of one layer is compared past its activation.
+    `loss`: plain squared error, or weighted by the diagonal or the full (rank-one) Fisher information of the task loss
+    at the unit's output; `fisher_damping` is added to the absolute gradients. A unit of one layer is compared past its
+    activation.
     """
 
     iterations: int = 20_000
@@ -198,7 +207,9 @@ class ReconstructUnit(Step):
         roundings = [rounding for _, _, rounding in live]
         after, axes = _ending(unit)
         gradient = None
-        if self.loss != "mse":
+        if self.loss != "mse" and unit.unit.uses > 1:
+            unit.note(f"{unit.name} runs {unit.unit.uses} times in a forward: plain squared error there, no Fisher weights")
+        elif self.loss != "mse":
             for site, quantizer, _ in live:
                 unit.set_quantizer(site, quantizer)
             gradient = fisher_weight(unit.output_gradients(), damping=self.fisher_damping)
@@ -224,16 +235,21 @@ class ReconstructUnit(Step):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # an expert no sample reached keeps nearest rounding
             minimise(
-                with_penalty(loss, penalty), [rounding.alpha for rounding in roundings], iterations=self.iterations, lr=self.lr,
-                sampler=sampler, callbacks=[report_part(unit, self.iterations)],
-            )  # fmt: skip
+                with_penalty(loss, penalty),
+                [rounding.alpha for rounding in roundings],
+                iterations=self.iterations,
+                lr=self.lr,
+                sampler=sampler,
+                callbacks=[report_part(unit, self.iterations)],
+            )
 
 
 @dataclass(frozen=True)
 class LearnSteps(Step):
-    """Tune the step sizes of a unit's static activation quantizers, weights final (BRECQ's second stage; LSQ gradients).
+    """Tune the step sizes of a unit's static activation quantizers, weights final (BRECQ's second stage).
 
-    `stream`: "float" feeds the unit the float prefix, as BRECQ's released code does; "quantized" what really arrives.
+    `stream`: "float" feeds the unit the float prefix, as BRECQ's released code does; "quantized" what really arrives. No scale falls
+    below `floor` times where it started (our choice; the released code has no bound).
     """
 
     iterations: int = 5_000
@@ -241,6 +257,7 @@ class LearnSteps(Step):
     lr: float = 4e-4
     p: float = 2.4
     stream: Literal["float", "quantized"] = "float"
+    floor: float = 0.1
 
     part: ClassVar[str] = "tuning"
     stage: ClassVar[int] = 50
@@ -264,13 +281,23 @@ class LearnSteps(Step):
             return
         inputs, targets = unit.inputs(self.stream), unit.targets()
         parameters = [parameter for quantizer in learned for parameter in quantizer.learn(("scale",))]
-        after, axes = _ending(unit)
+        # Adam's first steps are as long as the learning rate, whatever the size of a scale: keep small scales from crossing zero.
+        floors = [parameter.detach() * self.floor for parameter in parameters]
+
+        def stay_positive(step: int, loss: Tensor) -> None:
+            with torch.no_grad():
+                for parameter, floor in zip(parameters, floors, strict=True):
+                    torch.maximum(parameter, floor, out=parameter.data)
+
+        _, axes = _ending(unit)
 
         def loss(step: int, index: Tensor) -> Tensor:
             args, kwargs = inputs.rows(index)
             out = [t for t in tensors(unit.forward(args, kwargs)) if t.is_floating_point()]
             target = [t for t in tensors(targets.rows(index)) if t.is_floating_point()]
-            terms = [power_loss(a, b, channel_axis=axis, p=self.p) for a, b, axis in zip(out, target, axes, strict=True)]
+            terms = [
+                power_loss(a, b, channel_axis=axis, p=self.p) for a, b, axis in zip(out, target, axes, strict=True)
+            ]
             return torch.stack(terms).sum()
 
         sampler = without_replacement(inputs.count, min(self.batch, inputs.count), unit.generator("steps"))
@@ -278,9 +305,12 @@ class LearnSteps(Step):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
                 minimise(
-                    loss, [Group(parameters, lr=self.lr, schedule="cosine")], iterations=self.iterations, sampler=sampler,
-                    callbacks=[report_part(unit, self.iterations)],
-                )  # fmt: skip
+                    loss,
+                    [Group(parameters, lr=self.lr, schedule="cosine")],
+                    iterations=self.iterations,
+                    sampler=sampler,
+                    callbacks=[stay_positive, report_part(unit, self.iterations)],
+                )
         except FewbitsError as error:
             if "does not depend" not in str(error):
                 raise
