@@ -86,8 +86,7 @@ def test_every_exported_name_exists() -> None:
         fewbits.nothing  # noqa: B018
 
 
-# -- the main job
-# --------------------------------------------------------------------------------------------------------
+# -- the main job ----------------------------------------------------------------------------------------------------
 def test_quantize_eval_and_load(tmp_path: Path) -> None:
     out = tmp_path / "q"
     result = run(*quantize_args(out, eval="demo:digits", eval_samples=200, seed=3), "--json")
@@ -150,8 +149,7 @@ def test_options_reach_the_recipe(tmp_path: Path) -> None:
     assert report["options"] == {"first_last_bits": "8"} and described["recipe"]["options"]["first_last_bits"] == 8
 
 
-# -- refusals before anything heavy
-# --------------------------------------------------------------------------------------
+# -- refusals before anything heavy ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -213,8 +211,7 @@ def test_output_directory_is_respected(tmp_path: Path) -> None:
     assert "another recipe" in refused(*quantize_args(tmp_path / "empty", bits="W3A8"), "--resume")
 
 
-# -- failures on the way
-# -------------------------------------------------------------------------------------------------
+# -- failures on the way ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("where", ["fewbits.engine.quantize", "fewbits.tasks.evaluate", "fewbits.hub.checkpoint.save"])
 def test_a_failure_leaves_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def fails(*args: Any, **kwargs: Any) -> None:
@@ -270,8 +267,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(result.exception, FewbitsError)
 
 
-# -- the rest
-# ------------------------------------------------------------------------------------------------------------
+# -- the rest --------------------------------------------------------------------------------------------------------
 def test_inspect() -> None:
     seen = json.loads(run("inspect", "demo:digits", "--json").stdout)
     assert seen == json.loads(dumps(inspect_reference("demo:digits")))
@@ -281,7 +277,13 @@ def test_inspect() -> None:
     assert len(names) == len(set(names)) == seen["sites"] and any(name.endswith("weight") for name in names)
     assert {unit["kind"] for unit in seen["units"]} >= {"block"}
     shown = run("inspect", "demo:digits")
-    assert shown.exit_code == 0 and all(name in shown.stdout.replace("\n", "") for name in names[:3])
+    assert shown.exit_code == 0 and "1 more like it: blocks.1" in shown.stdout
+    for unit in seen["units"][:2]:
+        for site in unit["sites"]:
+            op = site["name"].removesuffix("." + site["role"]).removeprefix(unit["name"]).lstrip(".") or site["op"]
+            line = next(line for line in shown.stdout.splitlines() if f"─ {op} " in line)
+            assert f"{site['role']} {'x'.join(map(str, site['shape']))}" in line
+            assert all(tag in line for tag in site["tags"] if tag not in ("input", "output", "weight"))
 
 
 def test_papers() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import kill_and_resume
 from engine_models import encoder, tokens
 from fewbits.engine import quantize
 from fewbits.errors import FewbitsError
@@ -25,16 +26,17 @@ ENVIRONMENT = {
 }
 
 
-def test_killed_runs_resume_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", kill_and_resume.CASES)
+def test_killed_runs_resume_to_the_same_bits(case: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(HERE / "kill_and_resume.py"), str(tmp_path), "3"],
+        [sys.executable, str(HERE / "kill_and_resume.py"), str(tmp_path), case, "3"],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) >= 6, "most kills must hit a run that had committed units"
+    assert int(done.stdout.split()[-1]) >= 2, "kills must hit runs that had committed units"
 
 
 def test_resume_refuses_another_run(tmp_path: Path) -> None:

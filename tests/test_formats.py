@@ -285,8 +285,7 @@ def test_check_params_names_what_is_wrong() -> None:
         fmt.check_params({**good, "scale": torch.tensor([1.0, 0.0])}, "here")
 
 
-# -- single formats
-# -----------------------------------------------------------------------------------------------------------
+# -- single formats --------------------------------------------------------------------------------------------------
 
 
 def test_rounding_modes_on_ties_and_near_them() -> None:

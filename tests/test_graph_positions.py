@@ -11,18 +11,13 @@ from fewbits.graph import Graph, record
 LANGUAGE = ["hf-llama", "hf-opt", "hf-bloom", "hf-falcon", "hf-gpt2", "hf-gpt-neo"]
 
 
-def _graph(name: str) -> Graph:
-    model, args, kwargs = zoo_tiny.MODELS[name]()
-    return record(model, *args, **kwargs)
-
-
 def _tagged(graph: Graph, tag: str, role: str) -> list[str]:
     return [site.name for site in graph.sites.values() if tag in site.tags and site.role == role]
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_a_language_model_has_one_head_and_no_first_layer(name: str) -> None:
-    graph = _graph(name)
+    graph = zoo_tiny.recorded(name)
     assert _tagged(graph, "lm_head", "weight") == ["lm_head.weight"]
     assert _tagged(graph, "last_layer", "weight") == ["lm_head.weight"]
     assert not _tagged(graph, "first_layer", "weight"), "what follows an embedding is not a first layer"
@@ -37,7 +32,7 @@ def test_a_language_model_has_one_head_and_no_first_layer(name: str) -> None:
     ],
 )
 def test_an_image_model_has_a_first_and_a_last_layer(name: str, first: str, last: str) -> None:
-    graph = _graph(name)
+    graph = zoo_tiny.recorded(name)
     assert _tagged(graph, "first_layer", "weight") == [f"{first}.weight"]
     assert _tagged(graph, "last_layer", "weight") == [f"{last}.weight"]
     assert not _tagged(graph, "lm_head", "weight")

@@ -20,7 +20,7 @@ from fewbits.errors import FewbitsError
 from fewbits.graph import Ref, record
 from fewbits.graph.decompose import attention, can_open, einsum
 from fewbits.graph.trace import Tracer
-from graph_models import build, recorded
+from zoo_tiny import build, recorded
 
 torch.manual_seed(0)
 

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import zoo_tiny
 from fewbits.errors import FewbitsError
 from fewbits.graph import Graph, record
 from fewbits.graph.labels import FIXED, WILD, Labels, compact, full
 from fewbits.graph.proof import prove, prove_all
 from fewbits.graph.relations import Relation, find_relations, query_key_pairs, would_be_relations
 from fewbits.graph.weights import channels, operand, scale, shift
-from zoo_tiny import MODELS
 
 CONV, NORM, VO, UP, LIN = "conv->conv", "norm->linear", "v->o", "up->down", "linear->linear"
 HEAD, LAST = "conv->linear", "norm->conv"
@@ -145,10 +145,9 @@ CASTS = (
 
 
 @cache
-def recorded(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Graph, list[Relation]]:
-    model, args, kwargs = MODELS[name]()
-    graph = record(model, *args, **kwargs)
-    return model, args, kwargs, graph, find_relations(graph)
+def related(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Graph, list[Relation]]:
+    graph = zoo_tiny.recorded(name)
+    return *zoo_tiny.build(name), graph, find_relations(graph)
 
 
 def outputs(model: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -183,9 +182,9 @@ def sides(relation: Relation) -> tuple[str, str]:
 
 
 # -- real architectures ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", zoo_tiny.NAMES)
 def test_finds_what_is_there(name: str) -> None:
-    *_, graph, relations = recorded(name)
+    *_, graph, relations = related(name)
     kinds, would_be, pairs = EXPECTED[name]
     assert dict(Counter(r.kind for r in relations)) == kinds
     assert len({r.name for r in relations}) == len(relations)
@@ -201,9 +200,9 @@ def test_finds_what_is_there(name: str) -> None:
             assert sorted(set(numbers.tolist())) == list(range(relation.size))
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", zoo_tiny.NAMES)
 def test_scaling_everything_at_once_keeps_the_function(name: str) -> None:
-    model, args, kwargs, graph, relations = recorded(name)
+    model, args, kwargs, graph, relations = related(name)
     grouped = name == "hf-mixtral-grouped"  # torch's grouped product has no float64
     dtype = torch.float32 if grouped else torch.float64
     threshold = 2e-5 if grouped else 1e-6 if name in CASTS else 1e-9
@@ -221,9 +220,9 @@ def test_scaling_everything_at_once_keeps_the_function(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "torchvision-inception"])
+@pytest.mark.parametrize("name", [n for n in zoo_tiny.NAMES if n != "torchvision-inception"])
 def test_every_relation_is_proved(name: str) -> None:
-    model, args, kwargs, graph, relations = recorded(name)
+    model, args, kwargs, graph, relations = related(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     verdicts = prove_all(model, graph, [*relations, *query_key_pairs(graph)][:24], args, kwargs)
     assert [v for v in verdicts if v.verdict != "proved"] == []
@@ -231,12 +230,12 @@ def test_every_relation_is_proved(name: str) -> None:
 
 
 def test_inception_relations_are_proved() -> None:
-    model, args, kwargs, graph, relations = recorded("torchvision-inception")
+    model, args, kwargs, graph, relations = related("torchvision-inception")
     assert all(prove_all(model, graph, [*relations[2:5], relations[40], relations[-1]], args, kwargs))
 
 
 def test_would_be_relations_hold_once_relu6_is_relu() -> None:
-    model, args, kwargs, graph, _ = recorded("timm-mobilenetv2")
+    model, args, kwargs, graph, _ = related("timm-mobilenetv2")
     waiting = would_be_relations(graph)
     assert all(r.blocked_by == {"hardtanh"} for r in waiting)
     with pytest.raises(FewbitsError, match="replaced"):
@@ -261,7 +260,7 @@ SHIFTED = "timm-vit timm-swin timm-mobilevit hf-opt hf-gpt2 hf-llama hf-bert hf-
 
 @pytest.mark.parametrize("name", SHIFTED.split())
 def test_permitted_shifts_keep_the_function(name: str) -> None:
-    model, args, kwargs, _, relations = recorded(name)
+    model, args, kwargs, _, relations = related(name)
     model = copy.deepcopy(model).double()
     before = outputs(model, args, kwargs)
     shifted = [r for r in relations if "shift" in r.permits]
@@ -274,11 +273,11 @@ def test_permitted_shifts_keep_the_function(name: str) -> None:
 
 
 def test_permits_follow_what_channels_pass() -> None:
-    by_kind = {r.kind: r.permits for r in recorded("hf-opt")[-1]}
+    by_kind = {r.kind: r.permits for r in related("hf-opt")[-1]}
     assert by_kind["linear->linear"] == {"positive_scale", "permute"}  # ReLU
     assert by_kind["norm->linear"] == {"scale", "positive_scale", "shift"}
     assert by_kind["v->o"] == {"scale", "positive_scale", "shift"}
-    llama = {r.kind: r.permits for r in recorded("hf-llama")[-1]}
+    llama = {r.kind: r.permits for r in related("hf-llama")[-1]}
     assert llama["up->down"] == llama["norm->linear"] == {"scale", "positive_scale"}  # a gate; a norm without a bias
     plain = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     (relation,) = find_relations(record(plain, torch.randn(2, 4)))
@@ -286,8 +285,8 @@ def test_permits_follow_what_channels_pass() -> None:
 
 
 def test_bad_vectors_are_refused() -> None:
-    *_, relations = recorded("hf-opt")
-    model = recorded("hf-opt")[0]
+    *_, relations = related("hf-opt")
+    model = related("hf-opt")[0]
     relu = next(r for r in relations if r.kind == "linear->linear")
     for s in (torch.ones(3), torch.zeros(relu.size), -torch.ones(relu.size), torch.full((relu.size,), float("nan"))):
         with pytest.raises(FewbitsError, match="relation"):
@@ -299,7 +298,7 @@ def test_bad_vectors_are_refused() -> None:
 # -- the proof can fail ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["timm-vit", "timm-resnet", "hf-llama", "hf-gpt2"])
 def test_wrong_relations_are_refuted(name: str) -> None:
-    model, args, kwargs, graph, relations = recorded(name)
+    model, args, kwargs, graph, relations = related(name)
     for relation in relations[:4]:
         first = relation.consumers[0]
         turned = replace(
@@ -337,7 +336,7 @@ def test_a_relation_through_gelu_is_refuted() -> None:
 
 
 def test_a_dead_head_is_not_a_proof() -> None:
-    model, args, kwargs = MODELS["torchvision-vit"]()
+    model, args, kwargs = zoo_tiny.MODELS["torchvision-vit"]()
     with torch.no_grad():
         model.heads.head.weight.zero_()  # as the library initialises it
     graph = record(model, *args, **kwargs)
@@ -588,7 +587,7 @@ def test_a_missing_bias_is_made_for_a_shift() -> None:
     "name", ["timm-regnety", "hf-gpt2", "hf-mixtral-grouped", "hf-llama", "torchvision-shufflenet"]
 )
 def test_channels_are_the_elements_a_scale_touches(name: str) -> None:
-    model, *_, relations = recorded(name)
+    model, *_, relations = related(name)
     model = copy.deepcopy(model).double()
     for relation in relations:
         for end in relation.ends:

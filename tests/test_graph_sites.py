@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from fewbits.graph import Graph, record
 from fewbits.graph.trace import Tracer
-from graph_models import NAMES, build, recorded
+from zoo_tiny import NAMES, build, recorded
 
 #: Attention products of each model: (attentions, key or value cache writes).
 ATTENTIONS = {

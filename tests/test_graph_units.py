@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fewbits.errors import FewbitsError
 from fewbits.graph import record
 from fewbits.graph.units import find_units, unit_needs
-from graph_models import NAMES, build, recorded
+from zoo_tiny import NAMES, build, recorded
 
 #: model -> (blocks, modules, ops), and some of the units by name.
 EXPECTED: dict[str, tuple[tuple[int, int, int], dict[str, str]]] = {

@@ -345,3 +345,18 @@ def test_claims_show_on_zoo_vision_models(name: str, bits: str, recipe: str, opt
         quantize(loaded.model, built, list(calibration.batches()))
         scores[which] = fewbits.evaluate(loaded, evaluation)["metrics"]["top1"]
     assert scores[recipe] >= scores["rtn"] + gain, scores
+
+
+def test_a_dead_channel_does_not_disturb_the_others() -> None:
+    data = tokens(8, batch=8)
+    scales = []
+    for dead in (False, True):
+        model = encoder()
+        if dead:
+            model.blocks[0].norm1.weight.data[5] = 0
+            model.blocks[0].norm1.bias.data[5] = 30.0
+        result = quantize(model, "repq-vit", data, bits="W8A4")
+        scales.append(float(result.attachment.quantizer("blocks.0.q.input").params["scale"]))
+        with torch.no_grad():
+            assert bool(torch.isfinite(model(data[0])).all())
+    assert scales[1] == pytest.approx(scales[0], rel=0.2), "a constant channel takes no part in the mean scale"

@@ -1,5 +1,6 @@
 """Tiny random-weight instances of real library models, each with inputs: what the graph tests run on.
- Every entry of `MODELS` is a function without arguments that returns `(model in eval mode, args, kwargs)`. Weights
+
+Every entry of `MODELS` is a function without arguments that returns `(model in eval mode, args, kwargs)`. Weights
 are seeded, and nothing is left at a constant (zero heads, zero-initialised last norms, unit norm weights and fresh
 running statistics would hide mistakes), so a wrong rewrite anywhere moves the output.
 """
@@ -7,10 +8,13 @@ running statistics would hide mistakes), so a wrong rewrite anywhere moves the o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+
+from fewbits.graph import Graph, record
 
 Example = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
@@ -375,3 +379,17 @@ MODELS: dict[str, Callable[[], Example]] = {
     "diffusers-unet2d": _unet2d,
     "diffusers-unet2d-condition": _unet2d_condition,
 }
+NAMES = tuple(MODELS)
+
+
+@cache
+def build(name: str) -> Example:
+    """One instance a process, for tests that leave it as it is."""
+    return MODELS[name]()
+
+
+@cache
+def recorded(name: str) -> Graph:
+    """The recorded forward of `build(name)`."""
+    model, args, kwargs = build(name)
+    return record(model, *args, **kwargs)

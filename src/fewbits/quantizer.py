@@ -32,8 +32,7 @@ class Quantizer(nn.Module):
         for item in spec.format.param_specs():
             self.register_buffer(item.name, torch.empty(0))
 
-    # -- parameters
-    # -----------------------------------------------------------------------------------------------------
+    # -- parameters --------------------------------------------------------------------------------------------------
 
     @property
     def params(self) -> Params:
@@ -79,8 +78,7 @@ class Quantizer(nn.Module):
             setattr(self, item.name, torch.empty(0, device=getattr(self, item.name).device))
         self.ready = False
 
-    # -- values
-    # ---------------------------------------------------------------------------------------------------------
+    # -- values ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` quantized and dequantized, in its own dtype; unchanged where the quantizer is not `enabled`."""
@@ -109,8 +107,7 @@ class Quantizer(nn.Module):
         except FewbitsError as error:
             raise FewbitsError(f"{self.name}: {error}") from error
 
-    # -- learning
-    # -------------------------------------------------------------------------------------------------------
+    # -- learning ----------------------------------------------------------------------------------------------------
 
     def learn(self, names: Sequence[str] = ("scale",)) -> list[nn.Parameter]:
         """Make the named parameters trainable, in place of their buffers and on the same storage; returns them.
@@ -144,8 +141,7 @@ class Quantizer(nn.Module):
         if check and self.ready:
             self.spec.format.check_params(self.params, self.name)
 
-    # -- saving
-    # ---------------------------------------------------------------------------------------------------------
+    # -- saving ------------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(description, tensors): JSON-able data and the parameters, empty where there are none yet."""

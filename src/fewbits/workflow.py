@@ -181,34 +181,19 @@ def inspect_reference(model: str | Path, *, code_module: str | None = None, rela
     check_model_ref(model, code_module)
     from fewbits.engine.tree import as_call
     from fewbits.graph import record
+    from fewbits.graph.describe import describe
     from fewbits.hub.models import load_model
 
     loaded = load_model(model, code_module=code_module)
     args, kwargs = as_call(loaded.example_batch(1))
     graph = record(loaded.model, *args, **kwargs)
-    units: list[dict[str, Any]] = [
-        {
-            "name": unit.name,
-            "kind": unit.kind,
-            "class": graph.module_classes.get(unit.name, ""),
-            "uses": unit.uses,
-            "sites": [_site(site) for site in graph.sites_of(unit)],
-        }
-        for unit in graph.units
-    ]
-    inside = {site["name"] for unit in units for site in unit["sites"]}
     return {
         "model": str(model),
         "kind": loaded.kind,
         "domain": loaded.domain,
-        "class": type(loaded.model).__name__,
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
         "bytes": _model_bytes(loaded.model),
-        "sites": len(graph.sites),
-        "units": units,
-        "outside_units": [_site(site) for name, site in graph.sites.items() if name not in inside],
-        "relations": [_relation(relation) for relation in graph.relations] if relations else [],
-        "opaque": list(graph.opaque),
+        **describe(graph, loaded.model, relations=relations),
     }
 
 
@@ -264,19 +249,6 @@ def describe_paper(slug: str, bits: str = "W4A8") -> dict[str, Any]:
     recipe = readable(build_recipe(slug, bits=bits).to_dict())
     recipe["options"] = {name: readable(default) for name, (_, default, *_rest) in options_of(slug).items()}
     return {**entry, "recipe": recipe}
-
-
-def _site(site: Any) -> dict[str, Any]:
-    return {"name": site.name, "op": site.op, "role": site.role, "shape": list(site.shape), "tags": sorted(site.tags)}
-
-
-def _relation(relation: Any) -> dict[str, Any]:
-    return {
-        "name": relation.name,
-        "kind": relation.kind,
-        "channels": relation.size,
-        "permits": sorted(relation.permits),
-    }
 
 
 # -- preparing -------------------------------------------------------------------------------------

@@ -108,8 +108,7 @@ class Format(Described, ABC):
         not NaN (NaN stays NaN), and a bool tensor, False where the value was clipped (there the gradient to `x` is
         zero)."""
 
-    # -- what every format shares
-    # ---------------------------------------------------------------------------------------
+    # -- what every format shares ------------------------------------------------------------------------------------
 
     @property
     def levels(self) -> int:

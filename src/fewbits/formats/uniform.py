@@ -94,8 +94,7 @@ class Uniform(Format):
         if not self.eps > 0 or self.min_span < 0:
             raise FewbitsError("uniform format: eps must be positive and min_span not negative")
 
-    # -- codes
-    # ----------------------------------------------------------------------------------------------------------
+    # -- codes -------------------------------------------------------------------------------------------------------
 
     @property
     def q_min(self) -> int:
@@ -141,8 +140,7 @@ class Uniform(Format):
             bits = self.bits
         return (scale, ParamSpec("zero_point", bits, learnable=True))
 
-    # -- parameters
-    # -----------------------------------------------------------------------------------------------------
+    # -- parameters --------------------------------------------------------------------------------------------------
 
     def from_range(self, lo: Tensor, hi: Tensor) -> Params:
         dtype = torch.float64 if self.arithmetic == "float64" else torch.float32
@@ -194,8 +192,7 @@ class Uniform(Format):
             zero = torch.where(torch.isfinite(zero), zero, self.middle - torch.round((lo / 2 + hi / 2) / scale))
         return zero.clamp(self.q_min, self.q_max) if self.clamp_zero_point else zero
 
-    # -- values
-    # ---------------------------------------------------------------------------------------------------------
+    # -- values ------------------------------------------------------------------------------------------------------
 
     def shifted(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """The float code of every value before clamping: an integer, or an integer plus the fraction of a real zero

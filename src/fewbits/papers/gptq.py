@@ -9,7 +9,8 @@ language-model head stay float. Grids: min/max per row or group, asymmetric, zer
 Activations, where bits ask for them, are per-token (not part of the paper).
 
 Departs from the released code (`variant="paper"`, the default): a symmetric grid does not saturate rows without
-negative values, and dynamic groups are fitted on fully updated weights. `variant="released"` reproduces both.
+negative values; `variant="released"` reproduces that. As released, groups smaller than a block are fitted on weights that
+lack the block's own updates; `stale_groups=false` fits them on fully updated ones.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ def recipe(
     mse: bool = False,
     act_order: bool = False,
     static_groups: bool = False,
+    stale_groups: bool = True,
     variant: Literal["paper", "released"] = "paper",
 ) -> Recipe:
     """`percdamp`: damping as a share of the Hessian's mean diagonal. `mse`: ranges shrunk for the least |error|^2.4."""
-    released = variant == "released"
-    grid = gptq_grid(bits.weight or 8, sym=sym, saturate_one_sided=released)
+    grid = gptq_grid(bits.weight or 8, sym=sym, saturate_one_sided=variant == "released")
     ranges = ShrinkSearch(steps=80, step=0.01, p=2.4, reduction="sum") if mse else MinMax()
     return Recipe(
         "gptq",
         bits,
         Scheme(weight_rules(bits, grid, ranges, without=HEAD), token_rules(bits, without=HEAD)),
-        (AttachDynamic(), ColumnSolver(percdamp, block_size, act_order, static_groups, stale_groups=released)),
+        (AttachDynamic(), ColumnSolver(percdamp, block_size, act_order, static_groups, stale_groups)),
         Calibration(samples=128, batch_size=16, seqlen=2048, regime="sequential"),
         frozenset({"rounding"}),
     )

@@ -59,36 +59,11 @@ def measured(measured: dict[str, Any], console: Console) -> None:
 
 def inspected(seen: dict[str, Any], console: Console) -> None:
     """Units with their sites as a tree, then relations."""
-    from rich.markup import escape
-    from rich.tree import Tree
+    from fewbits.report.tree import render
 
-    root = Tree(
-        f"[bold]{escape(seen['model'])}[/] {seen['class']}, {seen['parameters']:,} parameters, "
-        f"{len(seen['units'])} units, {seen['sites']} sites"
-    )
-
-    def add(tree: Tree, sites: list[dict[str, Any]]) -> None:
-        for site in sites:
-            tags = f" [cyan]{' '.join(site['tags'])}[/]" if site["tags"] else ""
-            tree.add(f"{escape(site['name'])} [dim]{'x'.join(map(str, site['shape']))}[/]{tags}")
-
-    for unit in seen["units"]:
-        add(
-            root.add(f"[bold]{escape(unit['name'] or '(model)')}[/] {unit['class']} [dim]{unit['kind']}[/]"),
-            unit["sites"],
-        )
-    if seen["outside_units"]:
-        add(root.add("[bold]in no unit[/]"), seen["outside_units"])
-    if seen["relations"]:
-        branch = root.add("[bold]relations[/]")
-        for relation in seen["relations"]:
-            branch.add(
-                f"{escape(relation['name'])} {escape(relation['kind'])} [dim]{relation['channels']} channels; "
-                f"{', '.join(relation['permits'])}[/]"
-            )
-    for place in seen["opaque"]:
-        root.add(f"[yellow]closed: {escape(place)}[/]")
-    console.print(root, soft_wrap=True)
+    if not console.is_terminal:  # in a pipe or file one op is one line, however long
+        console.width = 10_000
+    console.print(render(seen, seen["model"], seen["parameters"]))
 
 
 def papers(listed: dict[str, Any], console: Console) -> None:

@@ -15,16 +15,10 @@ from fewbits.ranges import MinMax
 from fewbits.recipe import Step
 
 
-@dataclass(frozen=True)
-class CalibrateActivations(Step):
-    """Parameters from what each site carries when the unit runs in floating point on the regime's stream.
+class _Calibration(Step):
+    """Activations are calibrated first or, `late`, in a sweep after the weights of every unit are final."""
 
-    Ranges that need only minimum and maximum see all the data; others see the values of the first `samples` samples.
-    Dynamic quantizers need no data.
-    """
-
-    samples: int = 64
-    late: bool = False  # after the weights of every unit are final
+    late: bool
 
     part: ClassVar[str] = "activations"
     streams: ClassVar[frozenset[str]] = frozenset({"prefix"})
@@ -36,6 +30,18 @@ class CalibrateActivations(Step):
     @property
     def new_sweep(self) -> bool:  # type: ignore[override]
         return self.late
+
+
+@dataclass(frozen=True)
+class CalibrateActivations(_Calibration):
+    """Parameters from what each site carries when the unit runs in floating point on the regime's stream.
+
+    Ranges that need only minimum and maximum see all the data; others see the values of the first `samples` samples.
+    Dynamic quantizers need no data.
+    """
+
+    samples: int = 64
+    late: bool = False
 
     def apply(self, unit: UnitContext) -> None:
         static: list[tuple[Site, Quantizer, Statistic]] = []
@@ -74,7 +80,7 @@ class AttachDynamic(Step):
 
 
 @dataclass(frozen=True)
-class CalibrateInline(Step):
+class CalibrateInline(_Calibration):
     """One forward with every quantizer active, each fitted on the first tensor it sees.
 
     Later sites are thus calibrated on already quantized inputs, weights included (RepQ-ViT section 4.1, BRECQ's
@@ -84,18 +90,7 @@ class CalibrateInline(Step):
 
     samples: int = 32
     weights: bool = True
-    late: bool = False  # after the weights of every unit are final
-
-    part: ClassVar[str] = "activations"
-    streams: ClassVar[frozenset[str]] = frozenset({"prefix"})
-
-    @property
-    def stage(self) -> int:  # type: ignore[override]
-        return 45 if self.late else 20
-
-    @property
-    def new_sweep(self) -> bool:  # type: ignore[override]
-        return self.late
+    late: bool = False
 
     def apply(self, unit: UnitContext) -> None:
         attachment = unit.attachment

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbits.engine.context import UnitContext
-from fewbits.engine.statistics import AbsMax
+from fewbits.engine.statistics import AbsMax, Bounds
 from fewbits.errors import FewbitsError
 from fewbits.formats import PerChannel, PerTensor, Uniform
 from fewbits.graph.relations import End, Relation
@@ -102,6 +102,7 @@ class Reparameterize(Step):
     part: ClassVar[str] = "transform"
     stage: ClassVar[int] = 30
     new_sweep: ClassVar[bool] = True
+    streams: ClassVar[frozenset[str]] = frozenset({"float"})  # to know channels that never change
 
     def prepare(self, graph: Graph, units: list[Unit]) -> None:
         """Tag the inputs that may be calibrated channel by channel, since a scale and shift of theirs can be folded."""
@@ -124,11 +125,20 @@ class Reparameterize(Step):
                 raise FewbitsError(
                     f"{relation.name}: the linears that share this input have different quantizers; they must agree"
                 )
-            self._fold(unit, relation, sites, wise)
+            bounds = Bounds(PerChannel(-1))
+            unit.gather({sites[0].name: [bounds]}, "float")
+            self._fold(unit, relation, sites, wise, bounds.value())
 
-    def _fold(self, unit: UnitContext, relation: Relation, sites: list[Site], wise: list[Quantizer]) -> None:
+    def _fold(
+        self,
+        unit: UnitContext,
+        relation: Relation,
+        sites: list[Site],
+        wise: list[Quantizer],
+        bounds: tuple[Tensor, Tensor],
+    ) -> None:
         params = wise[0].params
-        found = reparameterize(params["scale"], params["zero_point"], round_zero_point=self.round_zero_point)
+        found = reparameterize(params["scale"], params["zero_point"], round_zero_point=self.round_zero_point, bounds=bounds)
         end = relation.consumers[0]
         order = _by_channel(end, relation.size)
         shift(unit.model, relation, found.shift.cpu()[order])

@@ -208,7 +208,7 @@ class ReconstructUnit(Step):
         after, axes = _ending(unit)
         gradient = None
         if self.loss != "mse" and unit.unit.uses > 1:
-            unit.note(f"{unit.name} runs {unit.unit.uses} times in a forward: plain squared error there, no Fisher weights")
+            unit.note(f"{unit.name} runs {unit.unit.uses} times in a forward: squared error there, no Fisher weights")
         elif self.loss != "mse":
             for site, quantizer, _ in live:
                 unit.set_quantizer(site, quantizer)
@@ -248,8 +248,8 @@ class ReconstructUnit(Step):
 class LearnSteps(Step):
     """Tune the step sizes of a unit's static activation quantizers, weights final (BRECQ's second stage).
 
-    `stream`: "float" feeds the unit the float prefix, as BRECQ's released code does; "quantized" what really arrives. No scale falls
-    below `floor` times where it started (our choice; the released code has no bound).
+    `stream`: "float" feeds the unit the float prefix, as BRECQ's released code does; "quantized" what really arrives.
+    No scale falls below `floor` times where it started (our choice; the released code has no bound).
     """
 
     iterations: int = 5_000
@@ -281,7 +281,8 @@ class LearnSteps(Step):
             return
         inputs, targets = unit.inputs(self.stream), unit.targets()
         parameters = [parameter for quantizer in learned for parameter in quantizer.learn(("scale",))]
-        # Adam's first steps are as long as the learning rate, whatever the size of a scale: keep small scales from crossing zero.
+        # Adam's first steps are as long as the learning rate, whatever the size of a scale: small scales must not
+        # cross zero.
         floors = [parameter.detach() * self.floor for parameter in parameters]
 
         def stay_positive(step: int, loss: Tensor) -> None:
