@@ -20,6 +20,12 @@ settings.register_profile("fewbits", deadline=None, derandomize=True, suppress_h
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fewbits"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: a worker per core, at most four, as each holds torch and a model library."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """A test that forgets its seed still gives the same result alone and in the suite."""

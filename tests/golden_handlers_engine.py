@@ -11,7 +11,7 @@ from torch import nn
 
 def repq_whole_vit(data: dict) -> None:
     timm = pytest.importorskip("timm")
-    from fewbits.engine import quantize
+    from fewbits import quantize
 
     model = timm.models.vision_transformer.VisionTransformer(
         img_size=data["img_size"], patch_size=data["patch_size"], embed_dim=data["embed_dim"], depth=data["depth"],

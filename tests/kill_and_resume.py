@@ -18,7 +18,7 @@ import torch._dynamo  # optimisers import it at first use: once here, so that th
 from safetensors.torch import load_file, save_file
 
 from engine_models import encoder, images, skipnet, tokens
-from fewbits.engine import quantize
+from fewbits import quantize
 from fewbits.papers import build_recipe
 
 CASES = {
@@ -61,6 +61,23 @@ def child(case: str, work: Path, out: Path) -> int:
     return pid
 
 
+def commits(work: Path) -> int:
+    return len(list(work.glob("sweep*.safetensors")))
+
+
+def killed(pid: int, work: Path, pause: float) -> int:
+    """Kill a child at a random moment after it committed none, one or two units more; the child's wait status."""
+    goal = commits(work) + random.randint(0, 2)
+    while commits(work) < goal:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.001)
+    time.sleep(random.random() * pause)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
 def main(folder: Path, case: str, trials: int) -> int:
     random.seed(0)
     useful = 0
@@ -70,23 +87,21 @@ def main(folder: Path, case: str, trials: int) -> int:
     if os.waitpid(pid, 0)[1] != 0:
         print("the uninterrupted run failed")
         return 1
-    lasting = time.monotonic() - started
+    pause = (time.monotonic() - started) / commits(folder / "work")
     expected = load_file(base)
     for trial in range(trials):
         work, out = folder / f"work-{trial}", folder / f"out-{trial}.safetensors"
-        for attempt in range(40):
-            pid = child(case, work, out)
-            if attempt < 3:
-                time.sleep(random.random() * lasting)
-                os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-            committed = len(list(work.glob("sweep*.safetensors")))
-            useful += bool(status) and committed > 0
-            if status == 0:
-                break
+        status = -1
+        for _ in range(4):
+            status = killed(child(case, work, out), work, pause)
             if not os.WIFSIGNALED(status):
-                print("resuming failed")
-                return 1
+                break
+            useful += commits(work) > 0
+        else:
+            status = os.waitpid(child(case, work, out), 0)[1]
+        if status != 0:
+            print("resuming failed")
+            return 1
         got = load_file(out)
         different = [key for key in expected if key not in got or not torch.equal(expected[key], got[key])]
         if different or set(got) != set(expected):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine_models import Encoder, encoder, tokens
-from fewbits.engine import quantize
+from fewbits import quantize
 from fewbits.engine.source import Streamed
 from fewbits.papers import build_recipe
 

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import zoo_tiny
+from fewbits import quantize
 from fewbits.attach import attachment_of
-from fewbits.engine import quantize, snapshot
+from fewbits.engine import snapshot
 from fewbits.errors import FewbitsError
 from fewbits.formats import storage_bits
 from fewbits.hub import checkpoint

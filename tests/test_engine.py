@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine_models import encoder, images, skipnet, tokens
-from fewbits.engine import Budget, quantize
+from fewbits import quantize
+from fewbits.engine import Budget
 from fewbits.engine.run import Run
 from fewbits.engine.statistics import AbsMax, Bounds, Hessian, Values
 from fewbits.errors import FewbitsError

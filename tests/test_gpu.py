@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine_models import encoder, images, skipnet, tokens
-from fewbits.engine import quantize
+from fewbits import quantize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import zoo_tiny
 from engine_models import encoder, images, skipnet, tokens
-from fewbits.engine import quantize
+from fewbits import quantize
 from fewbits.engine.tree import map_tensors
 from fewbits.errors import FewbitsError
 from fewbits.formats import LogSqrt2, PerChannel, PerTensor

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fewbits import papers
-    from fewbits.engine import QuantizeResult, quantize
+    from fewbits.api import quantize
+    from fewbits.engine import QuantizeResult
     from fewbits.errors import FewbitsError
     from fewbits.hub.checkpoint import load
     from fewbits.hub.data import load_data
@@ -36,7 +37,7 @@ _HOMES = {
     "load": "hub.checkpoint",
     "load_data": "hub.data",
     "load_model": "hub.models",
-    "quantize": "engine",
+    "quantize": "api",
     "quantize_reference": "workflow",
 }
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
-import os
 import resource
 import sys
 import time
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 
 from fewbits.attach import Attachment
 from fewbits.engine import snapshot
+from fewbits.engine.commits import Commits, fingerprint, model_fingerprint
 from fewbits.engine.context import ModelContext, UnitContext
 from fewbits.engine.gradients import first_output
 from fewbits.engine.memory import Forecast, forecast
@@ -27,7 +25,7 @@ from fewbits.engine.progress import Progress
 from fewbits.engine.replay import Replay
 from fewbits.engine.source import InMemory, Source, Streamed, names_in, names_outside
 from fewbits.engine.store import ActivationStore, Budget
-from fewbits.engine.tree import Batch, as_call, batch_size, map_tensors, share, tensors, to
+from fewbits.engine.tree import Batch, as_call, batch_size, map_tensors, share, to
 from fewbits.errors import FewbitsError
 from fewbits.graph import record
 from fewbits.graph.types import Graph, Unit
@@ -60,11 +58,9 @@ class QuantizeResult:
 
 def quantize(
     model: nn.Module,
-    recipe: Recipe | str,
+    recipe: Recipe,
     calibration: Sequence[Batch] = (),
     *,
-    bits: str | None = None,
-    options: dict[str, Any] | None = None,
     example: Batch | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -79,21 +75,14 @@ def quantize(
 
     calibration: batches (a tensor, a tuple of arguments, a dict of keyword arguments, or (args, kwargs)) with samples
         along the first axis.
-    recipe: a `Recipe`, or a name such as "gptq" or "smoothquant+gptq" with `bits` ("W4A8") and `options`.
     example: a batch to record the model with; the first sample of the calibration data by default.
     work_dir: where finished units are committed; with `resume` a run that was interrupted there goes on and ends with
         the same bits.
     units: globs of module names to process at once instead of the units found.
     source: stream weights from safetensors files; the model's parameters are then on the meta device.
 
-    Raises `FewbitsError` for bad input; nothing half-written is left behind.
+    Raises `FewbitsError` for bad input. No file is left half-written; the model itself may be quantized in part then.
     """
-    if isinstance(recipe, str):
-        from fewbits.papers import build_recipe
-
-        if bits is None:
-            raise FewbitsError(f'recipe {recipe!r} by name needs bits, for example bits="W4A16"')
-        recipe = build_recipe(recipe, bits=bits, options=options or {})
     run = Run(
         model,
         recipe,
@@ -390,73 +379,12 @@ class Run:
         self.store.close()
 
 
-class Commits:
-    """Finished units on disk. A file appears whole or not at all, so a killed run leaves only finished units."""
-
-    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool) -> None:
-        self.folder = folder
-        state = folder / "run.json"
-        text = json.dumps(identity, sort_keys=True, indent=1)
-        if resume and state.is_file():
-            try:
-                before = json.loads(state.read_text())
-            except json.JSONDecodeError as error:
-                raise FewbitsError(f"{state}: damaged; delete {folder} and start again") from error
-            changed = [key for key in identity if before.get(key) != json.loads(text)[key]]
-            if changed:
-                raise FewbitsError(
-                    f"{folder} holds a run with another {' and '.join(changed)}; "
-                    "resume with the same settings, or use another folder"
-                )
-        else:
-            if folder.exists() and any(folder.glob("sweep*.safetensors")):
-                raise FewbitsError(f"{folder} holds another run's units; resume it, or use another folder")
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = state.with_name(f".{state.name}.{os.getpid()}.part")
-            temporary.write_text(text)
-            os.replace(temporary, state)
-
-    def path(self, sweep: int, index: int) -> Path:
-        return self.folder / f"sweep{sweep}-unit{index:04d}.safetensors"
-
-    def has(self, sweep: int, index: int) -> bool:
-        return self.path(sweep, index).is_file()
-
-    def write(self, sweep: int, index: int, held: dict[str, Tensor], described: dict[str, Any]) -> None:
-        snapshot.write(self.path(sweep, index), held, described)
-
-    def read(self, sweep: int, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return snapshot.read(self.path(sweep, index))
-
-
 def outside(
     model: nn.Module, attachment: Attachment, graph: Graph, units: list[Unit]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Snapshot of the parameters and quantizers that lie in no unit."""
     sites = [site for site in graph.sites.values() if not any(unit.contains(site.module) for unit in units)]
     return snapshot.take(model, attachment, names_outside(model, units), sites)
-
-
-def fingerprint(batches: Sequence[Batch]) -> str:
-    """SHA-256 of the exact calibration tensors."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for tensor in tensors(batch):
-            digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of parameter names, shapes and a sample of each one's values (no values on the meta device)."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, value in model.state_dict().items():
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        if value.numel() and not value.is_meta:
-            flat = value.detach().reshape(-1)
-            step = max(1, flat.numel() // 1024)
-            digest.update(flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _first_sample(batch: Batch) -> Batch:

@@ -9,8 +9,8 @@ language-model head stay float. Grids: min/max per row or group, asymmetric, zer
 Activations, where bits ask for them, are per-token (not part of the paper).
 
 Departs from the released code (`variant="paper"`, the default): a symmetric grid does not saturate rows without
-negative values; `variant="released"` reproduces that. As released, groups smaller than a block are fitted on weights that
-lack the block's own updates; `stale_groups=false` fits them on fully updated ones.
+negative values; `variant="released"` reproduces that. As released, groups smaller than a block are fitted on weights
+that lack the block's own updates; `stale_groups=false` fits them on fully updated ones.
 """
 
 from __future__ import annotations

@@ -138,7 +138,9 @@ class Reparameterize(Step):
         bounds: tuple[Tensor, Tensor],
     ) -> None:
         params = wise[0].params
-        found = reparameterize(params["scale"], params["zero_point"], round_zero_point=self.round_zero_point, bounds=bounds)
+        found = reparameterize(
+            params["scale"], params["zero_point"], round_zero_point=self.round_zero_point, bounds=bounds
+        )
         end = relation.consumers[0]
         order = _by_channel(end, relation.size)
         shift(unit.model, relation, found.shift.cpu()[order])

@@ -1,0 +1,78 @@
+"""What a run leaves on disk as it goes, and how it knows its own again: committed units and fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.engine import snapshot
+from fewbits.engine.tree import Batch, tensors
+from fewbits.errors import FewbitsError
+
+
+class Commits:
+    """Finished units on disk. A file appears whole or not at all, so a killed run leaves only finished units."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool) -> None:
+        self.folder = folder
+        state = folder / "run.json"
+        text = json.dumps(identity, sort_keys=True, indent=1)
+        if resume and state.is_file():
+            try:
+                before = json.loads(state.read_text())
+            except json.JSONDecodeError as error:
+                raise FewbitsError(f"{state}: damaged; delete {folder} and start again") from error
+            changed = [key for key in identity if before.get(key) != json.loads(text)[key]]
+            if changed:
+                raise FewbitsError(
+                    f"{folder} holds a run with another {' and '.join(changed)}; "
+                    "resume with the same settings, or use another folder"
+                )
+        else:
+            if folder.exists() and any(folder.glob("sweep*.safetensors")):
+                raise FewbitsError(f"{folder} holds another run's units; resume it, or use another folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = state.with_name(f".{state.name}.{os.getpid()}.part")
+            temporary.write_text(text)
+            os.replace(temporary, state)
+
+    def path(self, sweep: int, index: int) -> Path:
+        return self.folder / f"sweep{sweep}-unit{index:04d}.safetensors"
+
+    def has(self, sweep: int, index: int) -> bool:
+        return self.path(sweep, index).is_file()
+
+    def write(self, sweep: int, index: int, held: dict[str, Tensor], described: dict[str, Any]) -> None:
+        snapshot.write(self.path(sweep, index), held, described)
+
+    def read(self, sweep: int, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return snapshot.read(self.path(sweep, index))
+
+
+def fingerprint(batches: Sequence[Batch]) -> str:
+    """SHA-256 of the exact calibration tensors."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for tensor in tensors(batch):
+            digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of parameter names, shapes and a sample of each one's values (no values on the meta device)."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, value in model.state_dict().items():
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        if value.numel() and not value.is_meta:
+            flat = value.detach().reshape(-1)
+            step = max(1, flat.numel() // 1024)
+            digest.update(flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
