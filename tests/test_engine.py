@@ -275,3 +275,34 @@ def test_batches_in_every_form_mean_the_same() -> None:
         quantize(model, build_recipe("gptq", "W3A16"), [form(t) for t in tokens(8)])
         outputs.append(model.blocks[2].down.weight.clone())
     assert all(torch.equal(outputs[0], other) for other in outputs)
+
+
+def test_activation_sites_between_units_are_calibrated_too() -> None:
+    """A stem's activation lies in no unit: it must be quantized, on what the quantized prefix really gives it."""
+    model = skipnet()
+    data = images(8, batch=8)
+    result = quantize(model, "brecq", data, bits="W4A4", options={"iters_w": 1, "iters_a": 1})
+    glue = [site for site, _ in result.attachment.items() if not any(u.contains(site.module) for u in result.units)]
+    assert "relu.output" in [site.name for site in glue], [site.name for site in glue]
+    assert not [note for note in result.notes if "stays floating point" in note]
+    with torch.no_grad():
+        stem = torch.relu(model.stem(data[0]))
+    quantizer = result.attachment.quantizer("relu.output")
+    assert quantizer.spec.format.bits == 8
+    top = float(quantizer.decode(torch.tensor(quantizer.spec.format.code_max)))
+    assert top == pytest.approx(float(stem.max()), rel=0.25)
+
+
+def test_glue_survives_resume(tmp_path: Path) -> None:
+    def held(resume: bool) -> dict:
+        model = skipnet()
+        recipe = build_recipe("brecq", "W4A4", {"iters_w": 2, "iters_a": 2})
+        result = quantize(model, recipe, images(8), work_dir=tmp_path, resume=resume)
+        return {site.name: q.params["scale"].clone() for site, q in result.attachment.items()}
+
+    first = held(False)
+    for path in sorted(tmp_path.glob("sweep*.safetensors"))[-3:]:
+        path.unlink()
+    again, third = held(True), held(True)
+    for later in (again, third):
+        assert set(first) == set(later) and all(torch.equal(first[name], later[name]) for name in first)

@@ -25,8 +25,8 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize `model` in place by a `Recipe`, or by a name such as "gptq" or "smoothquant+gptq" at `bits` ("W4A8").
 
-    `options` are the recipe's (`fewbits papers show NAME`); `settings` those of `fewbits.engine.quantize`: example, seed,
-    device, work_dir, resume, progress, budget, units, source. Raises `FewbitsError` for bad input.
+    `options` are the recipe's (`fewbits papers show NAME`); `settings` those of `fewbits.engine.quantize`: example,
+    seed, device, work_dir, resume, progress, budget, units, source. Raises `FewbitsError` for bad input.
     """
     if isinstance(recipe, str):
         from fewbits.papers import build_recipe

@@ -163,16 +163,21 @@ class Attachment(Tracer):
             self._watching.remove(observers)
             self._replan()
 
+    def set_activations(self, active: bool) -> None:
+        """Let activation quantizers act or not."""
+        if active != self.activations:
+            self.activations = active
+            self._replan()
+
     @contextmanager
     def without_activations(self) -> Iterator[None]:
         """Only weights are quantized while the context lasts."""
-        before, self.activations = self.activations, False
-        self._replan()
+        before = self.activations
+        self.set_activations(False)
         try:
             yield
         finally:
-            self.activations = before
-            self._replan()
+            self.set_activations(before)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fewbits.errors import FewbitsError
 
 if TYPE_CHECKING:
-    from fewbits.engine.context import UnitContext
+    from fewbits.engine.context import GlueContext, UnitContext
     from fewbits.formats import Format, Granularity
     from fewbits.graph.types import Graph, Site, Unit
     from fewbits.ranges import Range
@@ -185,6 +185,9 @@ class Step:
     def apply(self, unit: UnitContext) -> None:
         """Change one unit (or, with scope "model", the model)."""
         raise NotImplementedError
+
+    def apply_glue(self, glue: GlueContext) -> None:
+        """Put quantizers at activation sites between two units, where the step is one that does so."""
 
     def to_dict(self) -> dict[str, Any]:
         names: list[str] = [field.name for field in fields(self)] if is_dataclass(self) else []

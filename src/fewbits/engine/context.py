@@ -110,6 +110,29 @@ class ModelContext:
         self.run.note(message)
 
 
+class GlueContext(ModelContext):
+    """The activation sites that lie between two units: a stem's activation, a join of branches."""
+
+    def __init__(self, run: Run, index: int, stream: str, sites: list[Site]) -> None:
+        super().__init__(run)
+        self.index = index
+        self.stream = stream
+        self._sites = sites
+
+    def activations(self) -> list[Site]:
+        return self._sites
+
+    def gather(self, requests: dict[str, Iterable[Statistic]]) -> None:
+        """Fill the statistics at the named sites, the glue itself in floating point, behind the regime's prefix."""
+        size = [0]
+        observers: dict[str, list[Any]] = {
+            name: [lambda x, s=statistic: s.update(x, size[0]) for statistic in statistics]
+            for name, statistics in requests.items()
+        }
+        with self.attachment.disabled(), self.attachment.observing(observers):
+            self.run.observe_glue(self.index, self.stream, lambda count: size.__setitem__(0, count))
+
+
 class UnitContext(ModelContext):
     """One unit of a sweep.
 

@@ -47,13 +47,16 @@ class Replay:
         self._shapes: dict[tuple[str, str, int, int], Tree] = {}
 
     def capture(
-        self, stream: str, target: Unit, batch: Batch, number: int
+        self, stream: str, target: Unit | None, batch: Batch, number: int
     ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Arguments of each call of `target` in a forward of the `number`-th batch; `FewbitsError` if there is none."""
+        """Arguments of each call of `target` in a forward of the `number`-th batch; `FewbitsError` if there is none.
+
+        Without a target the forward runs to its end, every unit replayed, and nothing is captured.
+        """
         captured: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         counts: dict[str, int] = {}
         poisoned: list[str] = []
-        goal = self.order[target.name]
+        goal = len(self.units) if target is None else self.order[target.name]
 
         def intercept(unit: Unit, original: Any, *args: Any, **kwargs: Any) -> Any:
             use = counts.get(unit.name, 0)
@@ -84,6 +87,8 @@ class Replay:
             pass
         finally:
             self.attachment.skipped = set()
+        if target is None:
+            return captured
         if not captured:
             raise FewbitsError(
                 f"unit {target.name!r} did not run on calibration batch {number}; it cannot be calibrated on this data"

@@ -6,8 +6,8 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fewbits.attach import Attachment
 from fewbits.engine import snapshot
 from fewbits.engine.commits import Commits, fingerprint, model_fingerprint
-from fewbits.engine.context import ModelContext, UnitContext
+from fewbits.engine.context import GlueContext, ModelContext, UnitContext
 from fewbits.engine.gradients import first_output
 from fewbits.engine.memory import Forecast, forecast
 from fewbits.engine.progress import Progress
@@ -28,7 +28,7 @@ from fewbits.engine.store import ActivationStore, Budget
 from fewbits.engine.tree import Batch, as_call, batch_size, map_tensors, share, to
 from fewbits.errors import FewbitsError
 from fewbits.graph import record
-from fewbits.graph.types import Graph, Unit
+from fewbits.graph.types import Graph, Site, Unit
 from fewbits.graph.units import find_units
 from fewbits.recipe import Recipe, Step
 
@@ -222,7 +222,7 @@ class Run:
             for step in sweep
         )
         done = [self.commits is not None and self.commits.has(number, index) for index in range(len(self.units))]
-        if all(done):
+        if all(done) and not self.glue_sites(len(self.units)):
             streams = []  # nothing left to compute in this sweep
         activations = all(step.activations for step in steps)
         for index, unit in enumerate(self.units):
@@ -230,8 +230,12 @@ class Run:
             self.source.bring_in(unit)
             if self.streamed and number > 0 and self.commits is not None:
                 self._restore(number - 1, index)
+            self.attachment.set_activations(activations)
+            if streams or not done[index]:
+                self._glue(index, steps, prefix)
             for stream in streams:
                 self._capture(stream, unit)
+            self.attachment.set_activations(True)
             if number == 0 and float_later:
                 self.source.remember(unit)
             if "float" in streams:
@@ -243,15 +247,11 @@ class Run:
                 for step in steps:
                     step.apply(UnitContext(self, unit, number))
                 if self.commits is not None:
-                    self.commits.write(number, index, *self._snapshot(unit))
+                    self.commits.write(number, index, *self._snapshot(index))
             if "quantized" in streams:
-                self.attachment.activations = activations
-                self.attachment._replan()
-                try:
-                    self._outputs("quantized", unit)
-                finally:
-                    self.attachment.activations = True
-                    self.attachment._replan()
+                self.attachment.set_activations(activations)
+                self._outputs("quantized", unit)
+                self.attachment.set_activations(True)
             for stream in streams:
                 self.store.drop_where("input", stream)
                 self.replay.release(stream, unit)
@@ -261,6 +261,7 @@ class Run:
             if self.streamed:
                 gc.collect()  # the frames of captured forwards refer to each other and would hold weights for a while
             self.progress.advance()
+        self._glue(len(self.units), steps, prefix)
         for stream in streams:
             self.replay.forget(stream)
 
@@ -269,10 +270,38 @@ class Run:
         """How often the unit is called in the forward of a batch."""
         return self._uses[(unit.name, batch)]
 
+    def glue_sites(self, index: int) -> list[Site]:
+        """Activation sites of the scheme in no unit that run between the starts of unit `index - 1` and `index`."""
+        starts = [min(unit.calls) for unit in self.units]
+        return [
+            site
+            for site in self.graph.sites.values()
+            if site.role != "weight"
+            and not any(unit.contains(site.module) for unit in self.units)
+            and sum(start < site.call for start in starts) == index
+            and self.recipe.scheme.spec(site) is not None
+        ]
+
+    def _glue(self, index: int, steps: list[Step], stream: str) -> None:
+        """Let the steps see to the activation sites in front of unit `index`."""
+        sites = self.glue_sites(index)
+        if sites:
+            context = GlueContext(self, index, stream, sites)
+            for step in steps:
+                step.apply_glue(context)
+
+    def observe_glue(self, index: int, stream: str, starting: Callable[[int], None]) -> None:
+        """Run the glue in front of unit `index` on every batch, in floating point; `starting` gets the batch's size."""
+        target = self.units[index] if index < len(self.units) else None
+        for number, batch in enumerate(self.batches):
+            starting(self.sizes[number])
+            self.replay.capture(stream, target, to(batch, self.device), number)
+
     def _capture(self, stream: str, unit: Unit) -> None:
         first: dict[int, Any] = {}
         for number, batch in enumerate(self.batches):
-            calls = self.replay.capture(stream, unit, to(batch, self.device), number)
+            with self.attachment.disabled() if stream == "float" else nullcontext():
+                calls = self.replay.capture(stream, unit, to(batch, self.device), number)
             self._uses[(unit.name, number)] = len(calls)
             for use, call in enumerate(calls):
                 call = share(call, first.setdefault(use, call))
@@ -317,8 +346,10 @@ class Run:
         return parameter(self.model, name)
 
     # -- commits -----------------------------------------------------------------------------------------------------
-    def _snapshot(self, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return snapshot.take(self.model, self.attachment, names_in(self.model, unit), self.graph.sites_of(unit))
+    def _snapshot(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        unit = self.units[index]
+        sites = [*self.glue_sites(index), *self.graph.sites_of(unit)]
+        return snapshot.take(self.model, self.attachment, names_in(self.model, unit), sites)
 
     def _restore(self, sweep: int, index: int) -> None:
         assert self.commits is not None
@@ -351,18 +382,18 @@ class Run:
                 raise FewbitsError(
                     f"{site.name} is computed in the forward, not stored; exclude it to keep it in floating point"
                 )
-        lost = [site.name for site in covered if not any(unit.contains(site.module) for unit in self.units)]
+        lost = [site.name for site in context.weights() if not any(unit.contains(site.module) for unit in self.units)]
         for name in lost:
             self.note(f"{name} lies in no unit and stays floating point; name its module with `units` to quantize it")
         for place in self.graph.opaque:
             self.note(f"{place} hides its products behind one call and stays floating point inside")
 
     def _check_complete(self) -> None:
-        """Every site of the scheme that lies in a unit must carry a quantizer now."""
+        """Every activation site of the scheme, and every weight site in a unit, must carry a quantizer now."""
         context = ModelContext(self)
         for site in (*context.weights(), *context.activations()):
             inside = any(unit.contains(site.module) for unit in self.units)
-            if inside and self.attachment.quantizer(site.name) is None:
+            if (inside or site.role != "weight") and self.attachment.quantizer(site.name) is None:
                 raise FewbitsError(f"{site.name}: the scheme quantizes this site but no step of {self.recipe.name} did")
 
     def note(self, message: str) -> None:

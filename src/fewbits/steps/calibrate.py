@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 
-from fewbits.engine.context import UnitContext
+from fewbits.engine.context import GlueContext, ModelContext, UnitContext
 from fewbits.engine.statistics import Bounds, Statistic, Values
 from fewbits.graph.types import Site
 from fewbits.quantizer import Quantizer
-from fewbits.ranges import MinMax
+from fewbits.ranges import AbsMax, MinMax
 from fewbits.recipe import Step
+
+
+def calibrate_sites(
+    context: ModelContext, samples: int, gather: Callable[[dict[str, Iterable[Statistic]]], None]
+) -> None:
+    """Put quantizers at the context's activation sites, fitted to what `gather` sees there.
+
+    Ranges that need only minimum and maximum see all the data; others the values of the first `samples` samples.
+    """
+    static: list[tuple[Site, Quantizer, Statistic]] = []
+    for site in context.activations():
+        spec = context.spec(site)
+        assert spec is not None
+        quantizer = Quantizer(spec, site.name)
+        if spec.dynamic:
+            context.set_quantizer(site, quantizer)
+            continue
+        whole = isinstance(spec.range, (MinMax, AbsMax))
+        static.append((site, quantizer, Bounds(spec.granularity) if whole else Values(samples)))
+    if static:
+        gather({site.name: [statistic] for site, _, statistic in static})
+    for site, quantizer, statistic in static:
+        if isinstance(statistic, Bounds):
+            lo, hi = statistic.value()
+            quantizer.set_params(quantizer.spec.range.fit_bounds(lo, hi, quantizer.spec.format))
+        else:
+            quantizer.calibrate(statistic.value())
+        context.set_quantizer(site, quantizer)
 
 
 class _Calibration(Step):
@@ -44,25 +74,10 @@ class CalibrateActivations(_Calibration):
     late: bool = False
 
     def apply(self, unit: UnitContext) -> None:
-        static: list[tuple[Site, Quantizer, Statistic]] = []
-        for site in unit.activations():
-            spec = unit.spec(site)
-            assert spec is not None
-            quantizer = Quantizer(spec, site.name)
-            if spec.dynamic:
-                unit.set_quantizer(site, quantizer)
-                continue
-            whole = isinstance(spec.range, MinMax)
-            static.append((site, quantizer, Bounds(spec.granularity) if whole else Values(self.samples)))
-        if static:
-            unit.gather({site.name: [statistic] for site, _, statistic in static}, quantized=False)
-        for site, quantizer, statistic in static:
-            if isinstance(statistic, Bounds):
-                lo, hi = statistic.value()
-                quantizer.set_params(quantizer.spec.range.fit_bounds(lo, hi, quantizer.spec.format))
-            else:
-                quantizer.calibrate(statistic.value())
-            unit.set_quantizer(site, quantizer)
+        calibrate_sites(unit, self.samples, partial(unit.gather, quantized=False))
+
+    def apply_glue(self, glue: GlueContext) -> None:
+        calibrate_sites(glue, self.samples, glue.gather)
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,12 @@ class AttachDynamic(Step):
             assert spec is not None
             unit.set_quantizer(site, Quantizer(spec, site.name))
 
+    def apply_glue(self, glue: GlueContext) -> None:
+        for site in glue.activations():
+            spec = glue.spec(site)
+            assert spec is not None
+            glue.set_quantizer(site, Quantizer(spec, site.name))
+
 
 @dataclass(frozen=True)
 class CalibrateInline(_Calibration):
@@ -91,6 +112,9 @@ class CalibrateInline(_Calibration):
     samples: int = 32
     weights: bool = True
     late: bool = False
+
+    def apply_glue(self, glue: GlueContext) -> None:
+        calibrate_sites(glue, self.samples, glue.gather)
 
     def apply(self, unit: UnitContext) -> None:
         attachment = unit.attachment

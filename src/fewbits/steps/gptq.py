@@ -93,8 +93,11 @@ class ColumnSolver(Step):
             if not (self.act_order and not self.static_groups):
                 index = None  # contiguous groups need no table
             unit.quantize_weight(site, codes, params, index)
-            if bool(solution.no_data.any()):
+            if bool(solution.no_data.all()):
                 unit.note(f"{site.name}: no calibration data reached it, rounded to nearest")
+            elif bool(solution.no_data.any()):
+                dead, of = int(solution.no_data.sum()), solution.no_data.numel()
+                unit.note(f"{site.name}: {dead} of {of} groups read only zeros and are rounded to nearest")
             worst = float(solution.damping.max())
             if worst > self.damping * 1.5:
                 unit.note(f"{site.name}: damping raised to {worst:g} for the Hessian to factorise")
