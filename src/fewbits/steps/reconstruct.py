@@ -290,12 +290,12 @@ class LearnSteps(Step):
                 for parameter, floor in zip(parameters, floors, strict=True):
                     torch.maximum(parameter, floor, out=parameter.data)
 
-        _, axes = _ending(unit)
+        after, axes = _ending(unit)
 
         def loss(step: int, index: Tensor) -> Tensor:
             args, kwargs = inputs.rows(index)
-            out = [t for t in tensors(unit.forward(args, kwargs)) if t.is_floating_point()]
-            target = [t for t in tensors(targets.rows(index)) if t.is_floating_point()]
+            out = [after(t) for t in tensors(unit.forward(args, kwargs)) if t.is_floating_point()]
+            target = [after(t) for t in tensors(targets.rows(index)) if t.is_floating_point()]
             terms = [
                 power_loss(a, b, channel_axis=axis, p=self.p) for a, b, axis in zip(out, target, axes, strict=True)
             ]
