@@ -360,3 +360,31 @@ def test_a_dead_channel_does_not_disturb_the_others() -> None:
         with torch.no_grad():
             assert bool(torch.isfinite(model(data[0])).all())
     assert scales[1] == pytest.approx(scales[0], rel=0.2), "a constant channel takes no part in the mean scale"
+
+
+def test_adaround_aims_at_the_float_models_outputs_in_every_layer_of_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second layer of a block has a quantized first layer before it; its target must not."""
+    from fewbits.steps import reconstruct
+
+    real, fed = reconstruct.layer_with_activation, {}
+
+    def recording(model, graph, site):
+        layer = real(model, graph, site)
+
+        def run(x: Tensor, weight: Tensor) -> Tensor:
+            fed.setdefault(site.name, x.clone())  # the first call computes the target
+            return layer(x, weight)
+
+        return run
+
+    monkeypatch.setattr(reconstruct, "layer_with_activation", recording)
+    data, float_model = tokens(8, batch=8), encoder()
+    quantize(encoder(), "adaround", data, bits="W2A16", options={"iterations": 2})
+    seen = {}
+    for name in ("blocks.0.o", "blocks.0.down", "blocks.2.down"):
+        module = float_model.get_submodule(name)
+        module.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, args[0].clone()))
+    with torch.no_grad():
+        float_model(data[0])
+    for name, expected in seen.items():
+        torch.testing.assert_close(fed[f"{name}.weight"], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -118,18 +118,20 @@ class ReconstructLayers(Step):
 
     def apply(self, unit: UnitContext) -> None:
         sites = unit.weights()
+        layers = [site for site in sites if unit.graph.calls[site.call].op != "embedding"]
+        # Targets come from the float model: its inputs are taken before the first weight of the unit is replaced.
+        float_inputs = {unit.input_of(site).name: Values(Everything) for site in layers}
+        unit.gather({name: [values] for name, values in float_inputs.items()}, "float", quantized=False)
         for number, site in enumerate(sites):
-            if unit.graph.calls[site.call].op == "embedding":
+            if site not in layers:
                 round_nearest(unit, site)
                 continue
             with unit.float_activations():
-                self._layer(unit, site, number, len(sites))
+                self._layer(unit, site, float_inputs[unit.input_of(site).name], number, len(sites))
 
-    def _layer(self, unit: UnitContext, site: Site, number: int, of: int) -> None:
-        source = unit.input_of(site).name
-        float_in, quantized_in = Values(Everything), Values(Everything)
-        unit.gather({source: [float_in]}, "float", quantized=False)
-        unit.gather({source: [quantized_in]})
+    def _layer(self, unit: UnitContext, site: Site, float_in: Values, number: int, of: int) -> None:
+        quantized_in = Values(Everything)
+        unit.gather({unit.input_of(site).name: [quantized_in]})
         started = start_rounding(unit, site)
         if started is None:
             return
