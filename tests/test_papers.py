@@ -387,4 +387,4 @@ def test_adaround_aims_at_the_float_models_outputs_in_every_layer_of_a_unit(monk
     with torch.no_grad():
         float_model(data[0])
     for name, expected in seen.items():
-        torch.testing.assert_close(fed[f"{name}.weight"], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(fed[f"{name}.weight"], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
