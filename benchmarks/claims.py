@@ -20,6 +20,8 @@ from pathlib import Path
 
 IMAGES = ("cifar10/calibration.parquet", "cifar10/test.parquet")
 TEXT = ("docs-text/calibration.jsonl", "docs-text/test.jsonl")
+#: Few steps, so that a CPU can do them.
+ADAROUND = "adaround:iterations=600,per_channel=true,samples=512"
 #: model, bits, recipes as recipe[:option=value,...]
 RUNS: list[tuple[str, str, list[str]]] = [
     ("opt", "W4A16", ["rtn", "gptq", "gptq:act_order=true"]),
@@ -36,12 +38,12 @@ RUNS: list[tuple[str, str, list[str]]] = [
     ("vit_tiny", "W3A16", ["rtn", "gptq", "brecq:iters_w=2000,samples=512"]),
     ("vit_tiny", "W2A16", ["rtn", "gptq"]),
     ("swin_mini", "W4A4", ["rtn", "repq-vit"]),
-    ("resnet10t_w32", "W4A16", ["rtn", "gptq", "adaround:iterations=2000,per_channel=true", "brecq:iters_w=2000"]),
-    ("resnet10t_w32", "W3A16", ["rtn", "gptq", "adaround:iterations=2000,per_channel=true", "brecq:iters_w=2000"]),
-    ("resnet10t_w32", "W2A16", ["rtn", "gptq", "adaround:iterations=2000,per_channel=true", "brecq:iters_w=2000"]),
+    ("resnet10t_w32", "W4A16", ["rtn", "gptq", ADAROUND, "brecq:iters_w=2000"]),
+    ("resnet10t_w32", "W3A16", ["rtn", "gptq", ADAROUND, "brecq:iters_w=2000"]),
+    ("resnet10t_w32", "W2A16", ["rtn", "gptq", ADAROUND, "brecq:iters_w=2000"]),
     ("resnet10t_w32", "W2A16", ["brecq:iters_w=2000,opt_mode=fisher_diag"]),
     ("resnet10t_w32", "W4A4", ["rtn", "brecq:iters_w=2000,iters_a=1000"]),
-    ("mobilenetv2_050", "W4A16", ["rtn", "gptq", "adaround:iterations=2000,per_channel=true", "brecq:iters_w=2000"]),
+    ("mobilenetv2_050", "W4A16", ["rtn", "gptq", ADAROUND, "brecq:iters_w=2000"]),
     ("regnetx_002", "W3A16", ["rtn", "gptq", "brecq:iters_w=2000"]),
 ]  # fmt: skip
 
