@@ -6,19 +6,19 @@ whose parts exist.
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 
 import golden
-import golden_handlers_engine
-import golden_handlers_formats
-import golden_handlers_parts
 from fewbits.papers import implemented
 
 
 def _merged() -> dict[str, dict]:
     merged: dict[str, dict] = {}
-    for module in (golden_handlers_engine, golden_handlers_formats, golden_handlers_parts):
-        for slug, handlers in module.HANDLERS.items():
+    for file in sorted(Path(__file__).parent.glob("golden_handlers_*.py")):
+        for slug, handlers in importlib.import_module(file.stem).HANDLERS.items():
             merged.setdefault(slug, {}).update(handlers)
     return merged
 

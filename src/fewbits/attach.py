@@ -21,19 +21,28 @@ from fewbits.graph.operands import canonical, restore
 from fewbits.graph.ops import MATMUL, SLOTS, WEIGHTED, bind, rebind
 from fewbits.graph.trace import Frame, Tracer, in_flight
 from fewbits.graph.types import CallKey, Site
+from fewbits.outliers.parts import Part
 from fewbits.quantizer import Quantizer
 from fewbits.rounding.gptq import decode_columns
 
 ATTRIBUTE = "_fewbits"
 Observer = Callable[[Tensor], None]
+#: What a recorded elementwise call may be replaced by.
+REPLACEMENTS: dict[str, Callable[..., Tensor]] = {"relu": F.relu, "identity": lambda x: x}
 
 
 @dataclass
 class _Plan:
-    """What happens at one call: a quantizer and observers per slot (`output` included)."""
+    """What happens at one call: a factor, observers and a quantizer per slot (`output` included), another op."""
 
     quantizers: dict[str, tuple[Quantizer, Site]] = field(default_factory=dict)
     observers: dict[str, list[Observer]] = field(default_factory=dict)
+    factors: dict[str, str] = field(default_factory=dict)  # slot -> site
+    replacement: str | None = None
+
+    def acts(self) -> bool:
+        """Whether the call must happen for the model to be what it is meant to be."""
+        return bool(self.quantizers or self.factors or self.replacement)
 
 
 class Attachment(Tracer):
@@ -42,8 +51,12 @@ class Attachment(Tracer):
     `quantizers` maps site names (with `.` written `/`, as `nn.ModuleDict` demands) to `Quantizer`s. `codes` are the
     integer codes of committed weights: what they decode to is what runs. A committed weight whose decoded values
     already sit in the parameter is *frozen*: it is listed in `frozen` and costs nothing at run time; any other is put
-    in place of the parameter in the forward. `known` are the calls seen when the model was recorded; another weighted
-    one running is an error. `skipped` are modules whose forward the engine replays.
+    in place of the parameter in the forward. `parts` are laid over what the codes decode to. `known` are the calls seen
+    when the model was recorded; another weighted one running is an error. `skipped` are modules whose forward the
+    engine replays.
+
+    Two run-time rewrites belong to the float function and act even while quantizers are disabled: `factors` multiply
+    the tensor at an activation site channel by channel, `replacements` run another op in place of a recorded one.
 
     A copy of the model (`copy.deepcopy`) has its own attachment. Quantizers follow the tensors they meet to another
     device.
@@ -60,6 +73,10 @@ class Attachment(Tracer):
         self.frozen: set[str] = set()
         self.codes: dict[str, Tensor] = {}  # integer codes (out, columns) of committed weights
         self.group_index: dict[str, Tensor] = {}  # column -> group, where groups are not contiguous
+        self.parts: dict[str, tuple[Part, ...]] = {}
+        self.factors: dict[str, tuple[Tensor, int]] = {}  # activation site -> (factor per channel, axis)
+        self.replacements: dict[CallKey, str] = {}
+        self._hidden: set[str | CallKey] = set()
         self.activations = True
         self.enabled = True
         self.calibrating: set[str] = set()
@@ -99,8 +116,8 @@ class Attachment(Tracer):
         else:
             self.quantizers[key] = quantizer
         self.frozen.discard(site)
-        self.codes.pop(site, None)
-        self.group_index.pop(site, None)
+        for held in (self.codes, self.group_index, self.parts):
+            held.pop(site, None)
         self._plan(place.key)
 
     def decoded(self, site: str) -> Tensor:
@@ -111,8 +128,12 @@ class Attachment(Tracer):
         codes = self.codes[site].to(_device(quantizer))
         index = self.group_index.get(site)
         if index is None:
-            return quantizer.decode(codes)
-        return decode_columns(quantizer.spec.format, codes, quantizer.params, index.to(codes.device))
+            weight = quantizer.decode(codes)
+        else:
+            weight = decode_columns(quantizer.spec.format, codes, quantizer.params, index.to(codes.device))
+        for part in self.parts.get(site, ()):
+            weight = part.apply(weight)
+        return weight
 
     def items(self) -> Iterator[tuple[Site, Quantizer]]:
         for site in self.sites.values():
@@ -132,8 +153,8 @@ class Attachment(Tracer):
         The decoded weights stay in effect; codes that the forward itself decodes are kept.
         """
         for site in self.frozen.intersection(sites):
-            self.codes.pop(site, None)
-            self.group_index.pop(site, None)
+            for held in (self.codes, self.group_index, self.parts):
+                held.pop(site, None)
 
     def thaw(self, site: str) -> None:
         """Say that the parameter does not hold the quantized values.
@@ -148,6 +169,47 @@ class Attachment(Tracer):
         if name not in self.sites:
             raise FewbitsError(f"no site named {name!r}; `fewbits inspect` lists them")
         return self.sites[name]
+
+    # -- rewrites ----------------------------------------------------------------------------------------------------
+    def set_factor(self, site: str, factor: Tensor | None, axis: int = -1) -> None:
+        """Multiply the tensor at an activation site by `factor` [channels] along `axis`, before its quantizer."""
+        place = self._site(site)
+        if factor is None:
+            self.factors.pop(site, None)
+        else:
+            if place.role == "weight" or factor.dim() != 1:
+                raise FewbitsError(f"{site}: a factor is a vector at an activation site")
+            self.factors[site] = (factor.detach().float(), axis)
+        self._plan(place.key)
+
+    def set_replacement(self, key: CallKey, op: str | None) -> None:
+        """Run `op` of the same first operand in place of a recorded elementwise call."""
+        if op is None:
+            self.replacements.pop(key, None)
+        else:
+            if op not in REPLACEMENTS:
+                raise FewbitsError(
+                    f"{'.'.join(map(str, key))}: cannot run {op!r} there, only {', '.join(REPLACEMENTS)}"
+                )
+            self.replacements[key] = op
+        self._plan(key)
+
+    def rewrites(self) -> set[str | CallKey]:
+        """Sites with a factor and calls with a replacement."""
+        return {*self.factors, *self.replacements}
+
+    @contextmanager
+    def hiding(self, rewrites: set[str | CallKey]) -> Iterator[None]:
+        """Without these factors and replacements while the context lasts."""
+        before, self._hidden = self._hidden, self._hidden | rewrites
+        if rewrites:
+            self._replan()
+        try:
+            yield
+        finally:
+            self._hidden = before
+            if rewrites:
+                self._replan()
 
     # -- observing ---------------------------------------------------------------------------------------------------
     @contextmanager
@@ -196,13 +258,19 @@ class Attachment(Tracer):
         self._due = {}
         keys = {site.key: None for site, _ in self.items()} if self.enabled else {}
         keys |= {self.sites[name].key: None for observers in self._watching for name in observers}
+        keys |= {self.sites[name].key: None for name in self.factors}
+        keys |= dict.fromkeys(self.replacements)
         for key in keys:
             self._plan(key)
 
     def _plan(self, key: CallKey) -> None:
         """Work out anew what happens at one call."""
         plan = _Plan()
-        for site in self._sites_at[key]:
+        if key in self.replacements and key not in self._hidden:
+            plan.replacement = self.replacements[key]
+        for site in self._sites_at.get(key, ()):
+            if site.name in self.factors and site.name not in self._hidden:
+                plan.factors[site.slot] = site.name
             quantizer = self.quantizer(site.name) if self.enabled else None
             if (
                 quantizer is not None
@@ -215,7 +283,7 @@ class Attachment(Tracer):
                 if site.name in observers:
                     plan.observers.setdefault(site.slot, []).extend(observers[site.name])
         due = self._due.get(key[0], [])
-        if plan.quantizers or plan.observers:
+        if plan.acts() or plan.observers:
             if key not in self._plans:
                 self._due[key[0]] = [*due, key]
             self._plans[key] = plan
@@ -241,21 +309,24 @@ class Attachment(Tracer):
                 raise FewbitsError(f"{where} ran but was not recorded; record the model with inputs that exercise it")
             return func(*args, **kwargs)
         bound = bind(op, args, kwargs)
-        for slot in (*plan.observers, *plan.quantizers):
+        for slot in (*plan.observers, *plan.quantizers, *plan.factors):
             if slot != "output" and not isinstance(bound.get(slot), Tensor):
                 raise FewbitsError(
                     f"{'.'.join(map(str, key or ()))}: this call passes no tensor as {slot}, the recorded one did"
                 )
         changed: dict[str, Any] = {}
+        for slot, name in plan.factors.items():
+            if slot != "output":
+                changed[slot] = self._multiply(name, bound[slot])
         for slot, functions in plan.observers.items():
             if slot != "output":
                 for function in functions:
-                    function(bound[slot])
+                    function(changed.get(slot, bound[slot]))
         for slot, (quantizer, site) in plan.quantizers.items():
             if slot != "output":
-                changed[slot] = self._quantize(quantizer, site, bound[slot])
+                changed[slot] = self._quantize(quantizer, site, changed.get(slot, bound[slot]))
         target = None
-        if plan.quantizers and _writes_in_place(func, args, kwargs) and SLOTS[op][0][1] == 0:
+        if plan.acts() and _writes_in_place(func, args, kwargs) and SLOTS[op][0][1] == 0:
             # The op works on a copy and the tensor it was called with gets the final values: others hold that tensor.
             slot = SLOTS[op][0][0]
             target = bound[slot]
@@ -263,7 +334,13 @@ class Attachment(Tracer):
                 changed[slot] = target.clone()
         if changed:
             args, kwargs = rebind(op, args, kwargs, changed)
-        output = func(*args, **kwargs)
+        if plan.replacement is not None:
+            slot = SLOTS[op][0][0]
+            output = REPLACEMENTS[plan.replacement](changed.get(slot, bound[slot]))
+        else:
+            output = func(*args, **kwargs)
+        if "output" in plan.factors:
+            output = self._multiply(plan.factors["output"], output)
         if "output" in plan.observers:
             for function in plan.observers["output"]:
                 function(output)
@@ -287,6 +364,15 @@ class Attachment(Tracer):
         return op in WEIGHTED or (
             op in MATMUL and any(_is_parameter(value) for value in bind(op, args, kwargs).values())
         )
+
+    def _multiply(self, site: str, x: Tensor) -> Tensor:
+        factor, axis = self.factors[site]
+        if factor.device != x.device and not x.is_meta:
+            factor = factor.to(x.device)
+            self.factors[site] = (factor, axis)
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        return x * factor.to(x.dtype).view(shape)
 
     def _quantize(self, quantizer: Quantizer, site: Site, x: Tensor) -> Tensor:
         _follow(quantizer, x)
@@ -319,7 +405,7 @@ class Attachment(Tracer):
         for key in due:
             plan = self._plans[key]
             _, op, ordinal = key
-            if not plan.quantizers or frame.counts.get(op, 0) > ordinal or ("@" in op and not _part_ran(frame, op)):
+            if not plan.acts() or frame.counts.get(op, 0) > ordinal or ("@" in op and not _part_ran(frame, op)):
                 continue
             raise FewbitsError(
                 f"{frame.path or 'the model'}: the quantized op {op} (number {ordinal}) did not run in this forward, "

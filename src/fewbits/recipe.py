@@ -160,7 +160,8 @@ class Scheme:
 class Step:
     """One thing a recipe does, to a unit at a time or once to the whole model.
 
-    `part` names the slot the step fills when recipes are joined: `transform`, `activations`, `rounding` or `tuning`.
+    `part` names the slot the step fills when recipes are joined: `datagen`, `allocation`, `transform`, `activations`,
+    `rounding`, `tuning` or `correction`. A step that `makes_data` gives the run calibration data where none is given.
     Steps run in order of `stage`; one with `new_sweep` starts only after every unit is through the earlier stages.
     `streams` are the prefixes whose outputs it reads (`float`: the float model; `quantized`: what is already
     quantized). With `activations` False the sweep runs with floating-point activations. A step that `exclusive`ly fills
@@ -173,6 +174,7 @@ class Step:
     new_sweep: ClassVar[bool] = False
     streams: ClassVar[frozenset[str]] = frozenset()
     activations: ClassVar[bool] = True
+    makes_data: ClassVar[bool] = False
 
     @property
     def logits(self) -> bool:
@@ -257,6 +259,11 @@ class Recipe:
         """The model-scope steps, in order."""
         return sorted((s for s in self.steps if s.scope == "model"), key=lambda s: s.stage)
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration data must be given."""
+        return any(step.streams for step in self.steps) and not any(step.makes_data for step in self.steps)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -269,13 +276,14 @@ class Recipe:
         }
 
 
-EXCLUSIVE = ("activations", "weight_grid", "rounding", "tuning")
+EXCLUSIVE = ("datagen", "allocation", "activations", "weight_grid", "rounding", "tuning")
 
 
 def join(first: Recipe, second: Recipe) -> Recipe:
     """`first+second`: each part comes from the recipe that brings it, from `first` where neither does.
 
-    Transforms of both apply, `first`'s before `second`'s. Raises `FewbitsError` if both bring one exclusive part.
+    Transforms and corrections of both apply, `first`'s before `second`'s. Of a recipe that brings only data or bits,
+    nothing else is taken. Raises `FewbitsError` if both bring one exclusive part.
     """
     for part in EXCLUSIVE:
         if part in first.brings and part in second.brings:
@@ -284,22 +292,25 @@ def join(first: Recipe, second: Recipe) -> Recipe:
                 "use one of them, or join each with a recipe that brings something else"
             )
 
+    provides = {"datagen", "allocation"}
+    neither = second if first.brings and first.brings <= provides else first
+
     def source(part: str) -> Recipe:
-        if part in second.brings:
-            return second
-        return first
+        return next((recipe for recipe in (first, second) if part in recipe.brings), neither)
+
+    def both(part: str) -> list[Step]:
+        steps = [step for step in first.steps if step.part == part]
+        known = [step.to_dict() for step in steps]
+        return steps + [step for step in second.steps if step.part == part and step.to_dict() not in known]
 
     # A rounding solver is written for its paper's grid, so the grid follows the solver unless someone brings a grid.
     grid = source("weight_grid")
     if "weight_grid" not in first.brings | second.brings:
         grid = source("rounding")
-    steps = [step for step in first.steps if step.part == "transform"]
-    steps += [
-        step for step in second.steps if step.part == "transform" and step.to_dict() not in [s.to_dict() for s in steps]
-    ]
-    for part in ("activations", "rounding", "tuning"):
-        owner = source(part)
-        steps += [step for step in owner.steps if step.part == part]
+    steps = both("transform")
+    for part in ("datagen", "allocation", "activations", "rounding", "tuning"):
+        steps += [step for step in source(part).steps if step.part == part]
+    steps += both("correction")
     calibration = source("rounding").calibration
     return Recipe(
         f"{first.name}+{second.name}",
@@ -320,6 +331,8 @@ def join(first: Recipe, second: Recipe) -> Recipe:
 
 
 PART_NAMES = {
+    "datagen": "calibration data",
+    "allocation": "bits per layer",
     "activations": "activation quantizers",
     "weight_grid": "weight grid",
     "rounding": "rounding of the weights",

@@ -88,7 +88,7 @@ def quantize_reference(
     from fewbits.papers import build_recipe
 
     built = build_recipe(recipe, bits=bits, options=dict(options or {}))
-    if calib is None and any(step.streams for step in built.steps):
+    if calib is None and built.needs_data:
         raise FewbitsError(f"recipe {recipe!r} at {bits} reads calibration data: give some (--calib)")
     wanted_dtype = dtype_of(dtype)
     _check_device_and_task(device, task, check_device)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewbits.engine import snapshot
@@ -54,6 +57,29 @@ class Commits:
 
     def read(self, sweep: int, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return snapshot.read(self.path(sweep, index))
+
+    def remember(self, name: str, held: dict[str, Tensor]) -> None:
+        """Keep what a model-scope step computed."""
+        path = self._memory(name)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            save_file(held, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def recall(self, name: str) -> dict[str, Tensor] | None:
+        """What was kept under this name, None where nothing was. Raises `FewbitsError` for a damaged file."""
+        path = self._memory(name)
+        if not path.is_file():
+            return None
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise FewbitsError(f"{path}: damaged ({error}); delete it and resume") from error
+
+    def _memory(self, name: str) -> Path:
+        return self.folder / f"memory-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)}.safetensors"
 
 
 def fingerprint(batches: Sequence[Batch]) -> str:

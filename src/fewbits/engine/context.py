@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fewbits.attach import REPLACEMENTS
 from fewbits.engine.gradients import output_gradients
 from fewbits.engine.statistics import Statistic
-from fewbits.engine.tree import Samples, Tree, map_tensors
+from fewbits.engine.tree import Batch, Samples, Tree, map_tensors
 from fewbits.errors import FewbitsError
 from fewbits.formats import Params
 from fewbits.graph import operands
-from fewbits.graph.types import Graph, Site, Unit
+from fewbits.graph.types import Call, Graph, Site, Unit
+from fewbits.outliers.parts import Part
 from fewbits.quantizer import Quantizer
 from fewbits.recipe import QSpec, Recipe
 
@@ -37,8 +39,51 @@ class ModelContext:
         self.device: torch.device = run.device
 
     def spec(self, site: Site) -> QSpec | None:
-        """The grid the recipe's scheme puts at a site, None for floating point."""
-        return self.recipe.scheme.spec(site)
+        """The grid the recipe's scheme, or a step that allocates bits, puts at a site; None for floating point."""
+        return self.run.spec(site)
+
+    def override(self, site: Site, spec: QSpec | None) -> None:
+        """Put another grid at a site than the scheme says, from here on (bits allocated layer by layer)."""
+        self.run.overrides[site.name] = spec
+
+    def set_batches(self, batches: Sequence[Batch]) -> None:
+        """Calibration data that a step made, where none was given."""
+        self.run.set_batches(batches)
+
+    def remembered(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `compute` returns: kept in the run's work folder, so that a resumed run reads it back."""
+        commits = self.run.commits
+        if commits is None:
+            return compute()
+        found = commits.recall(name)
+        if found is None:
+            found = {key: value.detach().cpu().contiguous() for key, value in compute().items()}
+            commits.remember(name, found)
+        return found
+
+    def replace_op(self, call: Call, op: str) -> None:
+        """Run another elementwise op ("relu") in place of a recorded one, in this run and in the saved model.
+
+        The recorded call becomes one of the new op, so that whoever reads the graph afterwards sees it.
+        """
+        if call.key is None:
+            raise FewbitsError(f"{call.module}: {call.op} has no name of its own to be replaced at")
+        self.attachment.set_replacement(call.key, op)
+        first = call.bound["input"]
+        call.op, call.func, call.args, call.kwargs = op, REPLACEMENTS[op], (first,), {}
+        call.bound, call.inplace = {"input": first}, False
+
+    def multiply(self, site: Site, factor: Tensor, axis: int = -1) -> None:
+        """Multiply the tensor at an activation site by `factor` [channels] along `axis` at run time.
+
+        A factor that is already there is multiplied too. For a channel scale that no norm or weight can take.
+        """
+        before = self.attachment.factors.get(site.name)
+        if before is not None:
+            if before[1] != axis:
+                raise FewbitsError(f"{site.name}: already multiplied along axis {before[1]}, not {axis}")
+            factor = before[0].to(factor.device) * factor
+        self.attachment.set_factor(site.name, factor.to(self.device), axis)
 
     def sites(self) -> list[Site]:
         return list(self.graph.sites.values())
@@ -67,12 +112,19 @@ class ModelContext:
         shape = operands.canonical(operands.operand(self.model, site), site.layout, site.groups).shape
         operands.write(self.model, site, weight.view(shape))
 
-    def quantize_weight(self, site: Site, codes: Tensor, params: Params, group_index: Tensor | None = None) -> None:
+    def quantize_weight(
+        self,
+        site: Site,
+        codes: Tensor,
+        params: Params,
+        group_index: Tensor | None = None,
+        parts: Sequence[Part] = (),
+    ) -> None:
         """Commit a weight: its integer codes (out, columns) on the scheme's grid with these parameters.
 
         The parameter holds the decoded values from here on. A parameter that is also read elsewhere (a tied head) is
         left alone and quantized in the forward instead. `group_index` gives each column's group where groups are not
-        contiguous.
+        contiguous. `parts` are laid, in order, over what the codes decode to.
         """
         spec = self.spec(site)
         if spec is None:
@@ -84,8 +136,10 @@ class ModelContext:
         attachment.codes[site.name] = codes.detach().to("cpu")
         if group_index is not None:
             attachment.group_index[site.name] = group_index.detach().to("cpu")
-        else:
-            attachment.group_index.pop(site.name, None)
+        for part in parts:
+            part.check(codes.shape, site.name)
+        if parts:
+            attachment.parts[site.name] = tuple(parts)
         if site.used_by:
             if group_index is not None:
                 raise FewbitsError(

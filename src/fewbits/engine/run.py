@@ -30,7 +30,7 @@ from fewbits.errors import FewbitsError
 from fewbits.graph import record
 from fewbits.graph.types import Graph, Site, Unit
 from fewbits.graph.units import find_units
-from fewbits.recipe import Recipe, Step
+from fewbits.recipe import QSpec, Recipe, Step
 
 
 @dataclass
@@ -38,7 +38,8 @@ class QuantizeResult:
     """The quantized model (the one given, changed in place), what is attached to it, and what happened.
 
     `notes` are things a user should read (a tied head left alone, a failed factorisation); `seconds` and `peak_bytes`
-    (host memory, or device memory on CUDA) are measured, `forecast` was predicted before the start.
+    (host memory, or device memory on CUDA) are measured, `forecast` was predicted before the start. `overrides` are the
+    grids that steps put at sites in place of the scheme's, as plain data (None: floating point).
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class QuantizeResult:
     units: list[Unit] = field(default_factory=list)
     work: Path | None = None
     streamed: bool = False
+    overrides: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
 
 def quantize(
@@ -131,6 +133,7 @@ class Run:
         self.device = device
         self.progress = progress or Progress()
         self.notes: list[str] = []
+        self.overrides: dict[str, QSpec | None] = {}
         self.batches = batches
         self.sizes = [batch_size(batch) for batch in batches]
         if example is None and not batches:
@@ -168,9 +171,21 @@ class Run:
         )  # fmt: skip
         self.commits = Commits(Path(work_dir), self.identity(), resume) if work_dir is not None else None
         self._uses: dict[tuple[str, int], int] = {}
+        self._float_rewrites: set[Any] = set()
         self.float_logits: list[Tensor] | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+
+    def spec(self, site: Site) -> QSpec | None:
+        """The grid at a site: what a step put there, or what the scheme says."""
+        if site.name in self.overrides:
+            return self.overrides[site.name]
+        return self.recipe.scheme.spec(site)
+
+    def set_batches(self, batches: Sequence[Batch]) -> None:
+        """Calibration data made by a step of the recipe."""
+        self.batches = list(batches)
+        self.sizes = [batch_size(batch) for batch in self.batches]
 
     # -- the whole run -----------------------------------------------------------------------------------------------
     def execute(self) -> QuantizeResult:
@@ -186,6 +201,7 @@ class Run:
                 with torch.no_grad():
                     for step in self.recipe.model_steps():
                         step.apply(ModelContext(self))  # type: ignore[arg-type]
+                    self._float_rewrites = self.attachment.rewrites()
                     if any(step.logits for step in self.recipe.steps):
                         self.float_logits = [self._logits(batch) for batch in self.batches]
                 for number, steps in enumerate(sweeps):
@@ -207,6 +223,7 @@ class Run:
             self.units,
             self.commits.folder if self.commits else None,
             self.streamed,
+            {name: None if spec is None else spec.to_dict() for name, spec in self.overrides.items()},
         )
 
     def sweep(self, number: int, steps: list[Step], later: list[list[Step]]) -> None:
@@ -279,7 +296,7 @@ class Run:
             if site.role != "weight"
             and not any(unit.contains(site.module) for unit in self.units)
             and sum(start < site.call for start in starts) == index
-            and self.recipe.scheme.spec(site) is not None
+            and self.spec(site) is not None
         ]
 
     def _glue(self, index: int, steps: list[Step], stream: str) -> None:
@@ -335,7 +352,8 @@ class Run:
             # A bias that a transform created was absent before: zero.
             held.data = original[name].to(held.device) if name in original else torch.zeros_like(held.data)
         try:
-            yield
+            with self.attachment.hiding(self.attachment.rewrites() - self._float_rewrites):
+                yield
         finally:
             for held, data in swapped:
                 held.data = data

@@ -22,7 +22,8 @@ from fewbits.errors import FewbitsError
 from fewbits.formats import expand_params, pack_codes, unpack_codes
 from fewbits.graph import operands
 from fewbits.graph.trace import clean
-from fewbits.graph.types import Site
+from fewbits.graph.types import CallKey, Site
+from fewbits.outliers.parts import part_from_tensors
 from fewbits.quantizer import Quantizer
 
 METADATA = "fewbits"
@@ -35,10 +36,14 @@ def take(
     """(tensors, description) of the named parameters and buffers and of the quantizers at `sites`.
 
     A parameter that committed codes cover is left out (`coded`), one that shares its memory with another is named as
-    its `alias`.
+    its `alias`. The model's run-time rewrites (`factors`, `replacements`), which are few and small, go along whole.
     """
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {"version": VERSION, "quantizers": {}, "codes": {}, "alias": {}, "coded": {}}
+    described["replacements"] = [[list(key), op] for key, op in sorted(attachment.replacements.items())]
+    described["factors"] = {name: axis for name, (_, axis) in attachment.factors.items()}
+    for name, (factor, _) in attachment.factors.items():
+        tensors[f"factor/{name}"] = factor.detach().cpu().contiguous()
     covered: dict[str, int] = {}
     for site in sites:
         quantizer = attachment.quantizer(site.name)
@@ -56,6 +61,12 @@ def take(
         described["codes"][site.name] = {"shape": list(codes.shape), "frozen": site.name in attachment.frozen}
         if site.name in attachment.group_index:
             tensors[f"group_index/{site.name}"] = attachment.group_index[site.name].cpu().to(torch.int32)
+        parts = attachment.parts.get(site.name, ())
+        if parts:
+            described["codes"][site.name]["parts"] = [part.kind for part in parts]
+        for place, part in enumerate(parts):
+            for name, value in part.tensors().items():
+                tensors[f"part/{site.name}/{place}/{name}"] = value.detach().cpu().contiguous()
         if site.name in attachment.frozen and site.param is not None:
             covered[site.param] = covered.get(site.param, 0) + codes.numel()
     values = {name: operands.parameter(model, name).detach() for name in map(clean, names)}
@@ -112,6 +123,12 @@ def _put(
     for key, value in tensors.items():
         if key.startswith("tensor/"):
             assign(model, key.removeprefix("tensor/"), value)
+    for (path, op, ordinal), new in described.get("replacements", ()):
+        call: CallKey = (str(path), str(op), int(ordinal))
+        attachment.set_replacement(call, str(new))
+    for name, axis in described.get("factors", {}).items():
+        factor = tensors[f"factor/{name}"]
+        attachment.set_factor(name, factor if device is None else factor.to(device), int(axis))
     params: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("quantizer/"):
@@ -174,6 +191,19 @@ def _put_codes(
                 f"the stored group index of {site.name} does not give each of {shape[1]} columns one of {groups} groups"
             )
         attachment.group_index[site.name] = index.long()
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"part/{site.name}/"):
+            place, _, name = key.removeprefix(f"part/{site.name}/").partition("/")
+            found.setdefault(int(place), {})[name] = value
+    kinds = coded.get("parts", [])
+    if sorted(found) != list(range(len(kinds))):
+        raise FewbitsError(f"the stored parts of {site.name} are not those it lists")
+    parts = tuple(part_from_tensors(kind, found[place], site.name) for place, kind in enumerate(kinds))
+    for part in parts:
+        part.check(shape, site.name)
+    if parts:
+        attachment.parts[site.name] = parts
     if coded["frozen"]:
         operands.write(model, site, attachment.decoded(site.name).view(weight.shape))
         attachment.freeze(site.name)

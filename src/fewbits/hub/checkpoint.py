@@ -79,7 +79,12 @@ def _write(folder: Path, result: QuantizeResult, loaded: LoadedModel, metadata: 
         "notes": result.notes,
         "files": {name: _sha256(folder / name) for name in files},
         "companions": {name: _sha256(folder / name) for name in others if name not in files},
-        "sites": [site.to_dict() for site, _ in attachment.items()],
+        "sites": [
+            site.to_dict()
+            for site in attachment.sites.values()
+            if attachment.quantizer(site.name) is not None or site.name in attachment.factors
+        ],
+        "overrides": result.overrides,
         "weighted_calls": [list(key) for key in sorted(attachment.known) if key[1].partition("@")[0] in products],
         "checksum": _UNSIGNED,
     }
@@ -136,7 +141,7 @@ def load(folder: Path | str, *, code_module: str | None = None) -> LoadedModel:
         raise FewbitsError(
             f"{folder}: the checkpoint holds no values for {', '.join(lacking[:3])}; it does not fit its own model"
         )
-    bare = [name for name in sites if attachment.quantizer(name) is None]
+    bare = [name for name in sites if attachment.quantizer(name) is None and name not in attachment.factors]
     if bare:
         raise FewbitsError(
             f"{folder}: the checkpoint holds no quantizer for {', '.join(bare[:3])}, which {source.name} lists"
