@@ -73,7 +73,7 @@ class Output:
         try:
             yield self.work
         except BaseException:
-            if not any((self.work / "units").glob("sweep*.safetensors")):
+            if not any((self.work / "units").glob("*.safetensors")):
                 shutil.rmtree(self.work, ignore_errors=True)
             raise
 
