@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbits.formats import (
+    ChannelBits,
     Codebook,
     Float8,
     Format,
     Granularity,
     Log2,
     LogSqrt2,
+    PerBlock,
     PerChannel,
     PerGroup,
     PerHead,
@@ -21,6 +23,8 @@ from fewbits.formats import (
     PerToken,
     PowerOfTwo,
     Ternary,
+    TwinMagnitude,
+    TwinSign,
     Uniform,
     affine,
     gptq_grid,
@@ -88,6 +92,12 @@ OTHER: dict[str, Format] = {
     "codebook-points": Codebook(2, (-1.0, -0.25, 0.0, 0.5)),
     "codebook-five": Codebook(3, (-2.0, -0.5, 0.0, 0.1, 1.0)),
     "ternary": Ternary(),
+    "channel-bits": ChannelBits(3, ceiling=3),
+    "channel-bits-real": ChannelBits(4, ceiling=4, zero_point="real"),
+    "twin-magnitude": TwinMagnitude(4),
+    "twin-sign": TwinSign(4),
+    "twin-sign-positive": TwinSign(3, tie="positive"),
+    "twin-sign-free": TwinSign(8, tie="none"),
 }
 FORMATS: dict[str, Format] = {**UNIFORM, **FRACTIONAL, **LOG, **OTHER}
 
@@ -99,6 +109,7 @@ GRANULARITIES: dict[str, Granularity] = {
     "group-first": PerGroup(3, axis=0),
     "token": PerToken(),
     "head": PerHead(1, heads=2),
+    "block": PerBlock((1,), 2),
 }
 
 KINDS = ("normal", "positive", "negative", "zeros", "constant", "huge", "tiny", "outlier", "offset", "spread", "sparse")

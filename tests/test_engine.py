@@ -130,7 +130,7 @@ def test_a_statistic_at_a_shared_input_is_gathered_once() -> None:
 
     class Counting(Hessian):
         def update(self, x, samples) -> None:
-            updates.append(self.site.name)
+            updates.append(samples)
             super().update(x, samples)
 
     class Ask(Step):

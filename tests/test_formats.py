@@ -18,10 +18,13 @@ from fewbits.formats import (
     Granularity,
     Log2,
     LogSqrt2,
+    PerBlock,
     PerChannel,
     PerTensor,
     PowerOfTwo,
     Ternary,
+    TwinMagnitude,
+    TwinSign,
     Uniform,
     affine,
     decode,
@@ -86,6 +89,10 @@ def test_idempotent(fmt: Format, gran: Granularity, x: Tensor) -> None:
         value = decode(codes, fmt, gran, params)
         normal = (value == 0) | (value >= 2.0**-120)
         assert torch.equal(again[normal], codes[normal])
+    elif isinstance(fmt, TwinMagnitude):
+        # the top of the fine region is the split, where the coarse one begins
+        below = codes != fmt.half - 1
+        assert torch.equal(again[below], codes[below])
     else:
         assert torch.equal(again, codes)
 
@@ -424,6 +431,10 @@ def test_accounting() -> None:
     assert storage_bits(Codebook(3), PerChannel(0), shape) == 60 * 3 + 6 * 8 * 32
     assert storage_bits(Codebook(2, (-1.0, 0.0, 1.0)), PerChannel(0), shape) == 60 * 2 + 6 * 32
     assert storage_bits(Ternary(), PerTensor(), shape) == 60 * 2 + 64
+    assert storage_bits(TwinMagnitude(4), PerTensor(), shape) == 60 * 4 + 8
+    assert storage_bits(TwinSign(4), PerTensor(), shape) == 60 * 4 + 8
+    assert storage_bits(TwinSign(4, tie="positive"), PerTensor(), shape) == 60 * 4 + 32 + 8
+    assert storage_bits(symmetric(4), PerBlock(3, 2), shape) == 60 * 4 + 6 * 32
 
 
 @pytest.mark.parametrize("kind", KINDS)

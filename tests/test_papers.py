@@ -23,6 +23,11 @@ from golden import folder
 FAST = {
     "brecq": {"iters_w": 3, "iters_a": 2},
     "adaround": {"iterations": 3},
+    "awq": {"ratios": 3, "clip_steps": 4},
+    "owq": {"weak_columns": 2, "tuning": "minmax"},
+    "zeroq": {"iterations": 3},
+    "ptq4vit": {"candidates": 4, "rounds": 1},
+    "qdrop": {"iters": 3, "candidates": 10},
 }  # fmt: skip
 
 
@@ -122,21 +127,30 @@ def test_every_recipe_is_plain_data_and_documented(name: str) -> None:
 # -- any paper on any model ------------------------------------------------------------------------------------------
 
 FOREIGN = {
-    "timm-vit": ["rtn", "gptq", "smoothquant", "adaround", "brecq", "repq-vit", "smoothquant+gptq", "repq-vit+brecq"],
-    "timm-resnet": ["rtn", "gptq", "adaround", "brecq", "repq-vit"],
-    "timm-swin": ["repq-vit", "gptq", "brecq"],
-    "timm-mobilenetv2": ["gptq", "brecq"],
-    "timm-densenet": ["gptq", "brecq"],
-    "hf-llama": ["rtn", "gptq", "smoothquant", "adaround", "brecq", "repq-vit", "smoothquant+gptq"],
-    "hf-gpt2": ["gptq", "smoothquant+gptq"],
-    "hf-falcon": ["gptq", "smoothquant"],
-    "hf-bert": ["gptq", "brecq", "smoothquant"],
-    "hf-bart": ["gptq"],
-    "hf-mixtral-eager": ["gptq", "smoothquant"],
-    "torchvision-shufflenet": ["gptq"],
-    "torchvision-vit": ["gptq", "smoothquant", "repq-vit"],
-    "torchvision-retinanet": ["rtn"],
-    "diffusers-unet2d": ["rtn", "gptq"],
+    "timm-vit": (
+        "rtn gptq smoothquant adaround brecq repq-vit smoothquant+gptq repq-vit+brecq awq owq squeezellm aciq dfq "
+        "qdrop ptq4vit"
+    ),
+    "timm-resnet": (
+        "rtn gptq adaround brecq repq-vit awq owq squeezellm aciq dfq qdrop ptq4vit zeroq zeroq+gptq dfq+qdrop "
+        "awq+gptq"
+    ),
+    "timm-swin": "repq-vit gptq brecq ptq4vit qdrop",
+    "timm-mobilenetv2": "gptq brecq dfq aciq zeroq awq qdrop",
+    "timm-densenet": "gptq brecq dfq",
+    "hf-llama": (
+        "rtn gptq smoothquant adaround brecq repq-vit smoothquant+gptq awq owq squeezellm aciq dfq qdrop ptq4vit "
+        "awq+gptq"
+    ),
+    "hf-gpt2": "gptq smoothquant+gptq",
+    "hf-falcon": "gptq smoothquant awq owq",
+    "hf-bert": "gptq brecq smoothquant ptq4vit awq squeezellm",
+    "hf-bart": "gptq",
+    "hf-mixtral-eager": "gptq smoothquant awq squeezellm owq",
+    "torchvision-shufflenet": "gptq dfq zeroq aciq",
+    "torchvision-vit": "gptq smoothquant repq-vit",
+    "torchvision-retinanet": "rtn",
+    "diffusers-unet2d": "rtn gptq",
 }  # fmt: skip
 
 
@@ -153,7 +167,7 @@ def _batches(args: tuple, kwargs: dict, count: int = 2) -> list:
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe"), [(name, recipe) for name, recipes in FOREIGN.items() for recipe in recipes]
+    ("name", "recipe"), [(name, recipe) for name, recipes in FOREIGN.items() for recipe in recipes.split()]
 )
 def test_recipes_run_on_models_of_any_kind(name: str, recipe: str) -> None:
     model, args, kwargs = zoo_tiny.MODELS[name]()
@@ -364,7 +378,7 @@ def test_a_dead_channel_does_not_disturb_the_others() -> None:
 
 def test_adaround_aims_at_the_float_models_outputs_in_every_layer_of_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second layer of a block has a quantized first layer before it; its target must not."""
-    from fewbits.steps import reconstruct
+    from fewbits.steps.reconstruct import layers as reconstruct
 
     real, fed = reconstruct.layer_with_activation, {}
 

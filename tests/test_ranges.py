@@ -28,6 +28,8 @@ from fewbits.formats import (
 )
 from fewbits.ranges import (
     AbsMax,
+    Analytic,
+    JointSearch,
     LpError,
     MinMax,
     Percentile,
@@ -37,6 +39,7 @@ from fewbits.ranges import (
     Search,
     Shrink,
     ShrinkSearch,
+    WidthZeroPoint,
     quantiles,
     range_from_dict,
 )
@@ -47,11 +50,14 @@ quick = settings(max_examples=50, deadline=None)
 RANGES: dict[str, Range] = {
     "minmax": MinMax(),
     "absmax": AbsMax(),
+    "laplace": Analytic(),
+    "gauss-half": Analytic("gauss", half=True),
     "percentile": Percentile(0.9),
     "shrink": ShrinkSearch(),
     "shrink-sum": ShrinkSearch(40, 0.02, 2.0, "sum"),
     "quantile": QuantileSearch(),
     "search": Search(Shrink(10, 0.05), LpError(1.0)),
+    "joint": JointSearch(10),
 }
 every_range = pytest.mark.parametrize("found", RANGES.values(), ids=RANGES.keys())
 
@@ -138,6 +144,55 @@ def test_search_works_at_any_magnitude(size: float) -> None:
     plain, scaled = (ShrinkSearch().fit(x * s, symmetric(3, eps=1e-38), PerChannel(0))["scale"] for s in (1.0, exact))
     assert bool((plain < 9.0 / 3 * 0.9).all())
     assert torch.equal(scaled / exact, plain)
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 999),
+    name=st.sampled_from(["affine-1", "affine-4", "raw-2", "real", "shift", "centre", "gptq", "power-of-two"]),
+)
+@settings(max_examples=20, deadline=None)
+def test_joint_search_is_as_good_as_trying_every_width_and_zero_point(kind: str, seed: int, name: str) -> None:
+    fmt = FORMATS.get(name, affine(3, order="shift_then_round"))
+    x = make(kind, (3, 40), seed)
+    errors = []
+    for found in (JointSearch(12), Search(WidthZeroPoint(12), LpError(2.4)), MinMax()):
+        params = found.fit(x, fmt, PerChannel(0))
+        loud = x.abs().amax(1, keepdim=True).clamp_min(1e-30)
+        errors.append(((x - quantize(x, fmt, PerChannel(0), params)) / loud).double().abs().pow(2.4).mean(1))
+    assert bool((errors[0] <= errors[1] * (1 + 1e-4) + 1e-12).all()), "no candidate was wrongly left out"
+    if name.startswith("affine"):
+        assert bool((errors[0] <= errors[2] * (1 + 1e-2) + 1e-12).all()), "min-max is nearly among the candidates"
+
+
+def test_joint_search_visits_few_windows_and_holds_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbits.ranges import joint
+
+    visits = [0]
+    visit = joint._Search._try
+
+    def counting(self: object, rows: Tensor, *rest: Tensor) -> None:
+        visits[0] += len(rows)
+        visit(self, rows, *rest)
+
+    monkeypatch.setattr(joint._Search, "_try", counting)
+    x = make("normal", (16, 300), 0)
+    whole = JointSearch().fit(x, affine(8), PerChannel(0))
+    assert visits[0] < 16 * 100 * 256 / 100, "of 25600 windows per row few can win"
+    monkeypatch.setattr(joint, "_AT_ONCE", {"cpu": 128})
+    pieces = JointSearch().fit(x, affine(8), PerChannel(0))
+    assert torch.equal(whole["zero_point"], pieces["zero_point"]) and torch.equal(whole["scale"], pieces["scale"])
+
+
+def test_joint_search_decides_the_side_for_the_whole_tensor() -> None:
+    x = make("normal", (4, 200), 0).abs()
+    assert bool((JointSearch().fit(x, affine(4), PerChannel(0))["zero_point"] == 0).all())
+    assert bool((JointSearch().fit(-x, affine(4), PerChannel(0))["zero_point"] == 15).all())
+    # steps of thresholds, not of windows: one side of a symmetric grid
+    sym = symmetric(4, narrow=False, step="span")
+    scale = JointSearch(50).fit(x, sym, PerTensor())["scale"]
+    multiple = scale * 7.5 / (x.max() / 50)
+    assert float((multiple - multiple.round()).abs()) < 1e-3
 
 
 def test_search_keeps_the_first_of_equals() -> None:

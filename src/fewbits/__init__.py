@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fewbits import papers
     from fewbits.api import quantize
+    from fewbits.diagnosis.workflow import diagnose_reference, report_reference
     from fewbits.engine import QuantizeResult
     from fewbits.errors import FewbitsError
     from fewbits.hub.checkpoint import load
@@ -31,6 +32,7 @@ _HOMES = {
     "QuantizeResult": "engine",
     "Recipe": "recipe",
     "build_recipe": "papers",
+    "diagnose_reference": "diagnosis.workflow",
     "evaluate": "tasks",
     "evaluate_reference": "workflow",
     "inspect_reference": "workflow",
@@ -39,6 +41,7 @@ _HOMES = {
     "load_model": "hub.models",
     "quantize": "api",
     "quantize_reference": "workflow",
+    "report_reference": "diagnosis.workflow",
 }
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "QuantizeResult",
     "Recipe",
     "build_recipe",
+    "diagnose_reference",
     "evaluate",
     "evaluate_reference",
     "inspect_reference",
@@ -56,6 +60,7 @@ __all__ = [
     "papers",
     "quantize",
     "quantize_reference",
+    "report_reference",
 ]
 
 

@@ -165,6 +165,15 @@ class Attachment(Tracer):
         self.frozen.discard(site)
         self._plan(place.key)
 
+    def add_sites(self, sites: Iterable[Site]) -> None:
+        """Make further sites known, so that they can be observed: a checkpoint lists only those that carry something."""
+        for site in sites:
+            if site.name not in self.sites:
+                self.sites[site.name] = site
+                self._sites_at.setdefault(site.key, []).append(site)
+                self.known.add(site.key)
+                self._known_paths.add(site.key[0])
+
     def _site(self, name: str) -> Site:
         if name not in self.sites:
             raise FewbitsError(f"no site named {name!r}; `fewbits inspect` lists them")

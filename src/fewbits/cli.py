@@ -1,4 +1,4 @@
-"""The command line: `fewbits quantize | eval | inspect | papers`. Thin: everything happens in `fewbits.workflow`.
+"""The command line: `fewbits quantize | eval | report | diagnose | inspect | papers | bench`, all of it thin.
 
 Errors are one red line on standard error and exit code 2; FEWBITS_DEBUG=1 shows the traceback. With `--json` exactly
 one JSON object goes to standard output.
@@ -13,6 +13,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fewbits.bench.command import bench
+from fewbits.commands import (
+    DATA_HELP,
+    MODEL_HELP,
+    Code,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Seqlen,
+    Settings,
+    Task,
+    parsed,
+    show,
+)
+from fewbits.diagnosis.command import diagnose, report
 from fewbits.errors import FewbitsError
 
 
@@ -43,37 +59,9 @@ papers_app = typer.Typer(
     help="The papers that fewbits knows, and their recipes.", invoke_without_command=True, rich_markup_mode=None
 )
 app.add_typer(papers_app, name="papers")
-
-_MODEL_HELP = (
-    "timm:NAME, torchvision:NAME, hf:NAME, demo:NAME, module:FILE.py:FUNCTION[:ARGUMENT], or a local directory "
-    "of timm, torchvision, "
-    "transformers, diffusers or fewbits."
-)
-_DATA_HELP = (
-    "A parquet file, image folder, .txt, .jsonl, .tsv or .csv file, a folder of one of these, "
-    "hf-dataset:NAME[:CONFIG][:SPLIT] or demo:NAME."
-)
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps ...")]
-Dtype = Annotated[str, typer.Option("--dtype", help="Floating-point type that the model is loaded in.")]
-Code = Annotated[
-    str | None,
-    typer.Option(
-        "--code",
-        metavar="FILE.py:FUNCTION",
-        help="Code that loads the model; it is called with MODEL.",
-        show_default=False,
-    ),
-]
-Seqlen = Annotated[
-    int | None, typer.Option("--seqlen", help="Tokens of a window, for language models.", show_default=False)
-]
-Task = Annotated[
-    str | None,
-    typer.Option("--task", help="What to measure, where it should not follow from the model.", show_default=False),
-]
+app.command("bench")(bench)
+app.command("report")(report)
+app.command("diagnose")(diagnose)
 
 
 def _version(wanted: bool) -> None:
@@ -118,7 +106,7 @@ def _quantize(
         ),
     ],
     calib: Annotated[
-        str | None, typer.Option("--calib", metavar="DATA", help=f"Calibration data. {_DATA_HELP}", show_default=False)
+        str | None, typer.Option("--calib", metavar="DATA", help=f"Calibration data. {DATA_HELP}", show_default=False)
     ] = None,
     samples: Annotated[
         int | None,
@@ -131,12 +119,7 @@ def _quantize(
     eval_samples: Annotated[
         int | None, typer.Option("--eval-samples", help="The first so many; by default all.", show_default=False)
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="An option of the recipe; may be repeated.", show_default=False
-        ),
-    ] = None,
+    settings: Settings = None,
     seed: Annotated[int, typer.Option("--seed", help="Calibration samples and everything random in the recipe.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -146,14 +129,17 @@ def _quantize(
     seqlen: Seqlen = None,
     task: Task = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run to the same --out.")] = False,
+    with_report: Annotated[
+        bool, typer.Option("--report", help="Also write DIR/report.html: where the accuracy went (fewbits report).")
+    ] = False,
     code: Code = None,
     json_output: Json = False,
 ) -> None:
     """Quantize a model and write the checkpoint."""
-    options = _options(settings or [])
+    options = parsed(settings)
     from fewbits.workflow import quantize_reference
 
-    report = quantize_reference(
+    made = quantize_reference(
         model,
         recipe,
         bits,
@@ -172,14 +158,15 @@ def _quantize(
         resume=resume,
         code_module=code,
         show_progress=True,
+        with_report=with_report,
     )
-    _print(report, json_output, "quantized")
+    show(made, json_output, "quantized")
 
 
 @app.command("eval")
 def _eval(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_DIR", help=_MODEL_HELP, show_default=False)],
-    data: Annotated[str, typer.Option("--data", metavar="DATA", help=_DATA_HELP, show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_DIR", help=MODEL_HELP, show_default=False)],
+    data: Annotated[str, typer.Option("--data", metavar="DATA", help=DATA_HELP, show_default=False)],
     task: Task = None,
     samples: Annotated[
         int | None, typer.Option("--samples", help="The first so many; by default all.", show_default=False)
@@ -215,7 +202,7 @@ def _eval(
         code_module=code,
         show_progress=True,
     )
-    _print(measured, json_output, "measured")
+    show(measured, json_output, "measured")
 
 
 @app.command("inspect")
@@ -230,7 +217,7 @@ def _inspect(
     """Show the units, sites and relations that fewbits sees in a model."""
     from fewbits.workflow import inspect_reference
 
-    _print(inspect_reference(model, code_module=code, relations=relations), json_output, "inspected")
+    show(inspect_reference(model, code_module=code, relations=relations), json_output, "inspected")
 
 
 @papers_app.callback()
@@ -263,26 +250,13 @@ def _papers_show(
         raise FewbitsError(f"language {lang!r}: choose en or zh")
     from fewbits.workflow import describe_paper
 
-    _print(describe_paper(slug), json_output, "paper", lang=lang)
+    show(describe_paper(slug), json_output, "paper", lang=lang)
 
 
 def _list_papers(family: str | None, as_json: bool) -> None:
     from fewbits.workflow import list_papers
 
-    _print(list_papers(family), as_json, "papers")
-
-
-def _options(settings: list[str]) -> dict[str, Any]:
-    """`KEY=VALUE` strings as a dict."""
-    options: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key.strip():
-            raise FewbitsError(f"--set {setting!r} is not of the form KEY=VALUE")
-        if key.strip() in options:
-            raise FewbitsError(f"--set {key.strip()} is given twice")
-        options[key.strip()] = value.strip()
-    return options
+    show(list_papers(family), as_json, "papers")
 
 
 def _complain(message: str) -> None:
@@ -290,20 +264,6 @@ def _complain(message: str) -> None:
     from rich.text import Text
 
     Console(stderr=True).print(Text(f"error: {' '.join(message.split())}", style="red"), soft_wrap=True)
-
-
-def _print(report: dict[str, Any], as_json: bool, view: str, **options: Any) -> None:
-    """The report as one JSON object, or by the function of `fewbits.report.terminal` of that name."""
-    if as_json:
-        from fewbits.hub.output import dumps
-
-        typer.echo(dumps(report))
-        return
-    from rich.console import Console
-
-    from fewbits.report import terminal
-
-    getattr(terminal, view)(report, Console(), **options)
 
 
 def main() -> None:

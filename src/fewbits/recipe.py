@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fewbits.changes import Change
 from fewbits.errors import FewbitsError
 
 if TYPE_CHECKING:
@@ -31,6 +32,12 @@ class QSpec:
     granularity: Granularity
     range: Range
     dynamic: bool = False
+
+    def at_bits(self, bits: int) -> QSpec:
+        """The same quantizer at another width. Raises `FewbitsError` for a format that has only one."""
+        from fewbits.formats import format_from_dict
+
+        return replace(self, format=format_from_dict({**self.format.to_dict(), "bits": bits}))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -133,38 +140,50 @@ class Rule:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which sites get which grid. The last rule that covers a site decides; a site without one stays floating point."""
+    """Which sites get which grid. The last rule that covers a site decides; a site without one stays floating point.
+
+    `changes` are the user's: they modify, in order, whatever grid the rules or a step of the recipe put at a site.
+    """
 
     weights: tuple[Rule, ...] = ()
     activations: tuple[Rule, ...] = ()
     overrides: tuple[Rule, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     def spec(self, site: Site) -> QSpec | None:
         found: QSpec | None = None
         for rule in (*(self.weights if site.role == "weight" else self.activations), *self.overrides):
             if rule.covers(site):
                 found = rule.spec
-        return found
+        return self.changed(site, found)
+
+    def changed(self, site: Site, spec: QSpec | None) -> QSpec | None:
+        """A grid for the site as the user's changes leave it."""
+        for change in self.changes:
+            if spec is not None and change.covers(site):
+                spec = change.apply(spec, site)
+        return spec
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            name: [rule.to_dict() for rule in getattr(self, name)] for name in ("weights", "activations", "overrides")
-        }
+        parts = ("weights", "activations", "overrides", "changes")
+        return {name: [item.to_dict() for item in getattr(self, name)] for name in parts}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scheme:
-        parts = ("weights", "activations", "overrides")
-        return cls(*(tuple(Rule.from_dict(rule) for rule in data.get(name, ())) for name in parts))
+        parts = {"weights": Rule, "activations": Rule, "overrides": Rule, "changes": Change}
+        return cls(*(tuple(kind.from_dict(item) for item in data.get(name, ())) for name, kind in parts.items()))
 
 
 class Step:
     """One thing a recipe does, to a unit at a time or once to the whole model.
 
     `part` names the slot the step fills when recipes are joined: `datagen`, `allocation`, `transform`, `activations`,
-    `rounding`, `tuning` or `correction`. A step that `makes_data` gives the run calibration data where none is given.
+    `rounding`, `tuning` or `correction`. A step that `makes_data` gives the run calibration data where none is given;
+    one with `gradients` differentiates the network or a unit of it.
     Steps run in order of `stage`; one with `new_sweep` starts only after every unit is through the earlier stages.
     `streams` are the prefixes whose outputs it reads (`float`: the float model; `quantized`: what is already
-    quantized). With `activations` False the sweep runs with floating-point activations. A step that `exclusive`ly fills
+    quantized). With `activations` False the sweep runs with floating-point activations; None is content with either. A
+    step that reads `float_weights` finds each weight as it was before it was committed. A step that `exclusive`ly fills
     its part refuses to share it.
     """
 
@@ -173,8 +192,10 @@ class Step:
     stage: ClassVar[int] = 40
     new_sweep: ClassVar[bool] = False
     streams: ClassVar[frozenset[str]] = frozenset()
-    activations: ClassVar[bool] = True
+    activations: ClassVar[bool | None] = True
+    float_weights: ClassVar[bool] = False
     makes_data: ClassVar[bool] = False
+    gradients: ClassVar[bool] = False
 
     @property
     def logits(self) -> bool:
@@ -249,7 +270,8 @@ class Recipe:
         groups: list[list[Step]] = []
         for step in sorted((s for s in self.steps if s.scope == "unit"), key=lambda s: s.stage):
             fresh = not groups or (step.new_sweep and step.stage != groups[-1][-1].stage)
-            if fresh or step.activations != groups[-1][-1].activations:
+            wanted = {other.activations for other in (groups[-1] if groups else [])} | {step.activations}
+            if fresh or {True, False} <= wanted:
                 groups.append([step])
             else:
                 groups[-1].append(step)

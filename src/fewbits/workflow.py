@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fewbits.errors import FewbitsError
 from fewbits.hub.output import REPORT_FILE, Output, readable, write_json
 from fewbits.hub.references import check_model_ref
-from fewbits.hub.requires import nearest
+from fewbits.hub.requires import nearest, require
 from fewbits.hub.sources import check_data_ref
 from fewbits.papers.registry import check_name
 
@@ -50,6 +50,7 @@ def quantize_reference(
     seqlen: int | None = None,
     resume: bool = False,
     code_module: str | None = None,
+    with_report: bool = False,
     show_progress: bool = False,
 ) -> dict[str, Any]:
     """Load a model, measure it, quantize it, measure it again and write the checkpoint to `out`.
@@ -66,10 +67,12 @@ def quantize_reference(
             window too.
         eval_samples: the first so many of `eval_data`; all by default.
         seed: calibration samples and everything random in the recipe. The evaluation does not depend on it.
+        with_report: also diagnose the result and write `report.html` into `out` (`fewbits report`).
 
     Returns:
-        JSON-able: model, recipe, bits, options, bytes_before, bytes_after, metric, metric_before, metric_after,
-        seconds, seconds_total, peak_memory_bytes, seed, device, dtype, calibration, evaluation, notes, versions, out.
+        JSON-able: model, recipe, bits, options, bytes_before, bytes_after, size (`engine.size.summary`), metric,
+        metric_before, metric_after, seconds, seconds_total, peak_memory_bytes, seed, device, dtype, needs_data,
+        needs_gradients, calibration, evaluation, notes, versions, out; with a report, page: its file.
 
     Raises:
         FewbitsError: bad input; `out` is then untouched.
@@ -82,7 +85,12 @@ def quantize_reference(
     for ref in (calib, eval_data):
         if ref is not None:
             check_data_ref(ref)
+    if with_report:
+        require("plotly", "a report")
+        if calib is None and eval_data is None:
+            raise FewbitsError("a report needs data to run the model on: give --calib or --eval")
     Output(Path(out).expanduser(), resume)
+    from fewbits.engine.size import summary
     from fewbits.hub.loaded import dtype_of  # from here on with torch
     from fewbits.hub.models import check_device, load_model
     from fewbits.papers import build_recipe
@@ -104,7 +112,7 @@ def quantize_reference(
     }
     place = Output(Path(out).expanduser(), resume, settings)
     if place.finished is not None:
-        return place.finished
+        return _with_page(place.finished, out, device, code_module, show_progress) if with_report else place.finished
 
     with place.working() as work:
         loaded = load_model(model, dtype=wanted_dtype, device=device, code_module=code_module)
@@ -122,6 +130,7 @@ def quantize_reference(
             "options": readable(dict(options or {})),
             "bytes_before": bytes_before,
             "bytes_after": None,
+            "size": summary(result.attachment, result.model),
             "metric": after["metric"] if after else None,
             "metric_before": before["value"] if before else None,
             "metric_after": after["value"] if after else None,
@@ -132,6 +141,8 @@ def quantize_reference(
             "seed": seed,
             "device": device,
             "dtype": dtype,
+            "needs_data": built.needs_data,
+            "needs_gradients": any(step.gradients for step in built.steps),
             "calibration": None
             if calibration is None
             else {**calibration.description, "fingerprint": calibration.fingerprint},
@@ -141,7 +152,7 @@ def quantize_reference(
             "out": str(out),
         }
         place.publish(lambda folder: _write(folder, result, loaded, report, started))
-    return report
+    return _with_page(report, out, device, code_module, show_progress) if with_report else report
 
 
 def evaluate_reference(
@@ -334,6 +345,7 @@ def _quantize(
     show: bool,
 ) -> Any:
     from fewbits.engine import quantize
+    from fewbits.hub.preprocess import input_range
 
     progress = None
     if show:
@@ -346,6 +358,7 @@ def _quantize(
         recipe,
         batches,
         example=loaded.example_batch(1),
+        input_range=input_range(loaded.preprocessing),
         seed=seed,
         device=device,
         work_dir=units,
@@ -405,6 +418,18 @@ def _write(folder: Path, result: Any, loaded: LoadedModel, report: dict[str, Any
     report["bytes_after"] = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     report["seconds_total"] = round(time.monotonic() - started, 3)
     write_json(folder / REPORT_FILE, report)
+
+
+def _with_page(
+    report: dict[str, Any], out: str | Path, device: str, code_module: str | None, show: bool
+) -> dict[str, Any]:
+    """The report, after the page about it is written."""
+    from fewbits.diagnosis.workflow import report_reference
+
+    file, _ = report_reference(
+        Path(out).expanduser(), device=device, code_module=code_module, show_progress=show
+    )
+    return {**report, "page": str(file)}
 
 
 def _text(ref: str | Path | None) -> str | None:

@@ -104,6 +104,7 @@ def run_matrix(
     _write_rows(file, kept.values())
     todo = [cell for cell in matrix.cells if cell.key not in kept]
     done = len(matrix.cells) - len(todo)
+    todo.sort(key=_short)  # what takes long starts first, so that nothing long is left alone at the end
     place = _local(todo, matrix.device, jobs) if ray_address is None else _ray(todo, matrix.device, jobs, ray_address)
     with file.open("a", encoding="utf-8") as handle:
         for row in place:
@@ -115,6 +116,17 @@ def run_matrix(
             if on_row is not None:
                 on_row(row, done, len(matrix.cells))
     return [kept[cell.key] for cell in matrix.cells]
+
+
+def _short(cell: Cell) -> bool:
+    """Whether a cell trains nothing. One whose recipe cannot be built says so when it runs."""
+    from fewbits.papers import build_recipe
+
+    try:
+        recipe = build_recipe(cell.recipe, bits=cell.bits, options=dict(cell.options))
+    except FewbitsError:
+        return True
+    return not any(step.gradients for step in recipe.steps)
 
 
 def _write_rows(file: Path, rows: Iterable[Row]) -> None:

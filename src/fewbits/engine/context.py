@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewbits.attach import REPLACEMENTS
 from fewbits.engine.gradients import output_gradients
+from fewbits.engine.module_calls import ModuleCalls, module_calls
 from fewbits.engine.statistics import Statistic
 from fewbits.engine.tree import Batch, Samples, Tree, map_tensors
 from fewbits.errors import FewbitsError
@@ -51,15 +52,20 @@ class ModelContext:
         self.run.set_batches(batches)
 
     def remembered(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `compute` returns: kept in the run's work folder, so that a resumed run reads it back."""
-        commits = self.run.commits
-        if commits is None:
-            return compute()
-        found = commits.recall(name)
-        if found is None:
-            found = {key: value.detach().cpu().contiguous() for key, value in compute().items()}
-            commits.remember(name, found)
-        return found
+        """What `compute` returns, computed once a run: later steps that ask by the same name get the same tensors.
+
+        It is kept in the run's work folder too, where there is one, so that a resumed run reads it back.
+        """
+        known = self.run.known
+        if name not in known:
+            commits = self.run.commits
+            found = None if commits is None else commits.recall(name)
+            if found is None:
+                found = {key: value.detach().cpu().contiguous() for key, value in compute().items()}
+                if commits is not None:
+                    commits.remember(name, found)
+            known[name] = found
+        return known[name]
 
     def replace_op(self, call: Call, op: str) -> None:
         """Run another elementwise op ("relu") in place of a recorded one, in this run and in the saved model.
@@ -72,6 +78,7 @@ class ModelContext:
         first = call.bound["input"]
         call.op, call.func, call.args, call.kwargs = op, REPLACEMENTS[op], (first,), {}
         call.bound, call.inplace = {"input": first}, False
+        self.graph.forget("relations", "_propagation")
 
     def multiply(self, site: Site, factor: Tensor, axis: int = -1) -> None:
         """Multiply the tensor at an activation site by `factor` [channels] along `axis` at run time.
@@ -107,6 +114,13 @@ class ModelContext:
         """The site's weight as a float32 matrix (out, columns), a copy."""
         return operands.read(self.model, site).float().flatten(1)
 
+    def float_weight(self, site: Site) -> Tensor:
+        """A committed weight as it was before, float32 (out, columns): for steps that ask for `float_weights`."""
+        held = self.run.float_weights
+        if held is None or site.name not in held:
+            raise FewbitsError(f"{site.name}: its float weight was not kept in this sweep")
+        return held[site.name].to(self.device).float().flatten(1)
+
     def set_weight(self, site: Site, weight: Tensor) -> None:
         """Replace the site's weight by a floating-point matrix (out, columns)."""
         shape = operands.canonical(operands.operand(self.model, site), site.layout, site.groups).shape
@@ -119,16 +133,20 @@ class ModelContext:
         params: Params,
         group_index: Tensor | None = None,
         parts: Sequence[Part] = (),
+        spec: QSpec | None = None,
     ) -> None:
-        """Commit a weight: its integer codes (out, columns) on the scheme's grid with these parameters.
+        """Commit a weight: its integer codes (out, columns) on the scheme's grid, or that of `spec`, with these
+        parameters.
 
         The parameter holds the decoded values from here on. A parameter that is also read elsewhere (a tied head) is
         left alone and quantized in the forward instead. `group_index` gives each column's group where groups are not
         contiguous. `parts` are laid, in order, over what the codes decode to.
         """
-        spec = self.spec(site)
+        spec = spec or self.spec(site)
         if spec is None:
             raise FewbitsError(f"{site.name}: the scheme keeps this weight in floating point")
+        if self.run.float_weights is not None and site.name not in self.run.float_weights:
+            self.run.float_weights[site.name] = operands.read(self.model, site)
         quantizer = Quantizer(spec, site.name).to(self.device)
         quantizer.set_params({name: value.detach() for name, value in params.items()})
         attachment = self.attachment
@@ -159,6 +177,10 @@ class ModelContext:
             quantizer.to(self.device)
         self.attachment.set_quantizer(site.name, quantizer)
 
+    def generator(self, purpose: str = "") -> torch.Generator:
+        """A random generator on the CPU that depends only on the run's seed and the purpose."""
+        return _seeded(f"{self.run.seed}/model/{purpose}")
+
     def note(self, message: str) -> None:
         """Something the user should read in the report."""
         self.run.note(message)
@@ -174,17 +196,19 @@ class GlueContext(ModelContext):
         self._sites = sites
 
     def activations(self) -> list[Site]:
-        return self._sites
+        """Those without a quantizer: a step may have put one behind the last layer of the unit before."""
+        return [site for site in self._sites if self.quantizer(site) is None]
 
-    def gather(self, requests: dict[str, Iterable[Statistic]]) -> None:
-        """Fill the statistics at the named sites, the glue itself in floating point, behind the regime's prefix."""
+    def gather(self, requests: dict[str, Iterable[Statistic]], stream: str | None = None) -> None:
+        """Fill the statistics at the named sites, the glue itself in floating point, behind the regime's prefix or
+        that of another stream of the sweep."""
         size = [0]
         observers: dict[str, list[Any]] = {
             name: [lambda x, s=statistic: s.update(x, size[0]) for statistic in statistics]
             for name, statistics in requests.items()
         }
         with self.attachment.disabled(), self.attachment.observing(observers):
-            self.run.observe_glue(self.index, self.stream, lambda count: size.__setitem__(0, count))
+            self.run.observe_glue(self.index, stream or self.stream, lambda count: size.__setitem__(0, count))
 
 
 class UnitContext(ModelContext):
@@ -200,7 +224,7 @@ class UnitContext(ModelContext):
         self.sweep = sweep
         self.module: nn.Module = run.model.get_submodule(unit.name)
         self.prefix = "float" if run.recipe.calibration.regime == "parallel" else "quantized"
-        self._writes_in_place = any(self.graph.calls[index].inplace for index in unit.calls)
+        self.writes_in_place = any(self.graph.calls[index].inplace for index in unit.calls)
 
     @property
     def name(self) -> str:
@@ -209,11 +233,13 @@ class UnitContext(ModelContext):
     def sites(self) -> list[Site]:
         return self.graph.sites_of(self.unit)
 
+    def sites_behind(self) -> list[Site]:
+        """Activation sites the scheme quantizes that lie in no unit and run before the next unit starts."""
+        return self.run.glue_sites(self.run.replay.order[self.unit.name] + 1)
+
     def generator(self, purpose: str = "") -> torch.Generator:
         """A random generator that depends only on the run's seed, the sweep, the unit and the purpose."""
-        text = f"{self.run.seed}/{self.sweep}/{self.unit.name}/{purpose}"
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-        return torch.Generator().manual_seed(seed)
+        return _seeded(f"{self.run.seed}/{self.sweep}/{self.unit.name}/{purpose}")
 
     # -- data --------------------------------------------------------------------------------------------------------
     def batches(self, stream: str | None = None) -> Iterator[tuple[int, tuple[Any, ...], dict[str, Any]]]:
@@ -221,7 +247,7 @@ class UnitContext(ModelContext):
         for number, size in enumerate(self.run.sizes):
             for use in range(self.run.uses(self.unit, number)):
                 args, kwargs = self.run.store.get(("input", stream or self.prefix, number, use))
-                if self._writes_in_place:
+                if self.writes_in_place:
                     args, kwargs = map_tensors(torch.clone, (args, kwargs))
                 yield size, args, kwargs
 
@@ -285,8 +311,27 @@ class UnitContext(ModelContext):
         for statistic, first in twins:
             statistic.__dict__.update(first.__dict__)
 
+    def module_calls(self, path: str, stream: str | None = None) -> AbstractContextManager[ModuleCalls]:
+        """What a module inside the unit is called with and returns in floating point (`engine.module_calls`)."""
+        return module_calls(self, path, stream or self.prefix)
+
+    @contextmanager
+    def float_weights(self) -> Iterator[None]:
+        """The unit's floating-point parameters in place while the context lasts.
+
+        For a step that reads the float stream in a sweep of its own; in the first sweep they are there until a step
+        replaces them.
+        """
+        with self.run._float_weights(self.unit, self.sweep):
+            yield
+
     @contextmanager
     def float_activations(self) -> Iterator[None]:
         """Activation quantizers off while the context lasts; weights keep theirs."""
         with self.attachment.without_activations():
             yield
+
+
+def _seeded(text: str) -> torch.Generator:
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return torch.Generator().manual_seed(seed)

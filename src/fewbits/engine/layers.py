@@ -19,9 +19,11 @@ from fewbits.graph.types import Call, Graph, Ref, Site
 def replay_calls(model: nn.Module, graph: Graph, calls: Sequence[Call], known: dict[int, Tensor]) -> Tensor:
     """Run recorded calls in order, from the given values (by id), parameters of the model and recorded constants.
 
-    Returns the first output of the last call. Raises `FewbitsError` where a call reads something else.
+    Parameters come in the type of the given values. Returns the first output of the last call. Raises `FewbitsError`
+    where a call reads something else.
     """
     values = dict(known)
+    dtype = next(iter(known.values())).dtype
     out: Any = None
     for call in calls:
 
@@ -32,7 +34,8 @@ def replay_calls(model: nn.Module, graph: Graph, calls: Sequence[Call], known: d
                 return values[leaf.value]
             value = graph.values[leaf.value]
             if value.param is not None:
-                return graph.replay(leaf.value, operands.parameter(model, value.param))
+                held = graph.replay(leaf.value, operands.parameter(model, value.param))
+                return held.to(dtype) if held.is_floating_point() and dtype.is_floating_point else held
             if value.data is not None:
                 return value.data
             raise FewbitsError(
@@ -51,7 +54,15 @@ def replay_calls(model: nn.Module, graph: Graph, calls: Sequence[Call], known: d
 def layer_with_activation(model: nn.Module, graph: Graph, site: Site) -> Callable[[Tensor, Tensor], Tensor]:
     """(input, weight matrix (out, columns)) -> the layer's output past the norm and activation that alone follow it."""
     call = graph.calls[site.call]
-    chain = [call, *following_activation(graph, call)]
+    return _layer(model, graph, site, [call, *following_activation(graph, call)])
+
+
+def layer_alone(model: nn.Module, graph: Graph, site: Site) -> Callable[[Tensor, Tensor], Tensor]:
+    """(input, weight matrix (out, columns)) -> the layer's own output."""
+    return _layer(model, graph, site, [graph.calls[site.call]])
+
+
+def _layer(model: nn.Module, graph: Graph, site: Site, chain: Sequence[Call]) -> Callable[[Tensor, Tensor], Tensor]:
     source = graph.sites[site.name.removesuffix("weight") + "input"].value
 
     def run(x: Tensor, weight: Tensor) -> Tensor:

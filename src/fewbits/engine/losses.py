@@ -17,19 +17,27 @@ from fewbits.errors import FewbitsError
 #: next_token: cross-entropy against the input's own next tokens (language models).
 #: pseudo: cross-entropy against the class (or token) the float network ranks first.
 #: sampled: cross-entropy against a class drawn from the float network's softmax (unbiased Fisher information).
-LossKind = Literal["next_token", "pseudo", "sampled"]
+#: gaussian: half the squared distance to the float network's own output plus unit normal noise, for outputs that are no
+#:     classes (noise, images, features): the same for a regression (unbiased Fisher information).
+LossKind = Literal["next_token", "pseudo", "sampled", "gaussian"]
 
 
 def task_loss(kind: LossKind, logits: Tensor, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
     """The loss of float `logits` (samples, ..., classes), summed over samples and averaged over positions in each.
 
-    `batch` is what the model was called with; `next_token` reads its `input_ids` (or first integer tensor). `sampled`
-    draws with `generator` (on the CPU, so that every device draws the same). Raises `FewbitsError` for an unknown kind,
-    logits without a class axis, or `next_token` where the batch holds no token ids.
+    `batch` is what the model was called with; `next_token` reads its `decoder_input_ids`, `input_ids` or another integer
+    tensor, the first that has a token for every position of the output. `sampled` and `gaussian` draw with `generator`
+    (on the CPU, so that every device draws the same). Raises `FewbitsError` for an unknown kind, logits without a class
+    axis, or `next_token` where the batch holds no token ids.
     """
     if logits.dim() < 2:
-        raise FewbitsError(f"a task loss needs logits (samples, ..., classes), the model returned {tuple(logits.shape)}")
+        raise FewbitsError(
+            f"a task loss needs logits (samples, ..., classes), the model returned {tuple(logits.shape)}"
+        )
     logits = logits.float()
+    if kind == "gaussian":
+        noise = torch.randn(logits.shape, generator=generator).to(logits.device)
+        return ((logits - logits.detach() - noise).square() / 2).flatten(1).mean(1).sum()
     if kind == "next_token":
         labels = _token_ids(batch, logits)[:, 1:].to(logits.device)
         logits = logits[:, :-1]
@@ -47,10 +55,11 @@ def task_loss(kind: LossKind, logits: Tensor, batch: Batch, generator: torch.Gen
 
 def _token_ids(batch: Batch, logits: Tensor) -> Tensor:
     args, kwargs = as_call(batch)
-    ids: Any = kwargs.get("input_ids")
-    if ids is None:
-        ids = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and not a.is_floating_point()), None)
-    if ids is None or logits.dim() != 3 or ids.shape != logits.shape[:2]:
+    given: list[Any] = [kwargs.get("decoder_input_ids"), kwargs.get("input_ids"), *args, *kwargs.values()]
+    ids = next(
+        (t for t in given if isinstance(t, Tensor) and not t.is_floating_point() and t.shape == logits.shape[:2]), None
+    )
+    if ids is None or logits.dim() != 3:
         raise FewbitsError(
             "the next-token loss needs a language model: token ids (samples, positions) in and logits (samples, "
             "positions, vocabulary) out; use the loss 'pseudo' for other models"

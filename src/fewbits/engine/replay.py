@@ -8,7 +8,7 @@ capture refuses it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,7 @@ class Replay:
         owned = {index for unit in units for index in unit.calls}
         # Glue that writes in place would change cached outputs: it gets copies.
         self.copies = any(call.inplace and call.index not in owned for call in graph.calls)
+        self.writes = any(call.inplace for call in graph.calls)
         self._shapes: dict[tuple[str, str, int, int], Tree] = {}
 
     def capture(
@@ -99,6 +100,39 @@ class Replay:
                 "show; please report this model, and give `units` explicitly to go on"
             )
         return captured
+
+    def record(self, stream: str, batch: Batch, number: int) -> Any:
+        """What the model returns for the `number`-th batch; every unit's outputs are kept in `stream`."""
+        counts: dict[str, int] = {}
+
+        def intercept(unit: Unit, original: Any, *args: Any, **kwargs: Any) -> Any:
+            out = original(*args, **kwargs)
+            use = counts[unit.name] = counts.get(unit.name, -1) + 1
+            self.store.put((stream, unit.name, number, use), map_tensors(torch.clone, out) if self.writes else out)
+            return out
+
+        args, kwargs = as_call(batch)
+        with torch.no_grad(), self._patched(intercept):
+            return self.model(*args, **kwargs)
+
+    def rerun(self, stream: str, finished: Collection[str], batch: Batch, number: int) -> Any:
+        """What the model returns for the `number`-th batch, `finished` units giving back what `record` kept."""
+        counts: dict[str, int] = {}
+
+        def intercept(unit: Unit, original: Any, *args: Any, **kwargs: Any) -> Any:
+            if unit.name not in finished:
+                return original(*args, **kwargs)
+            use = counts[unit.name] = counts.get(unit.name, -1) + 1
+            out = self.store.get((stream, unit.name, number, use))
+            return map_tensors(torch.clone, out) if self.writes else out
+
+        args, kwargs = as_call(batch)
+        self.attachment.skipped = set(finished)
+        try:
+            with torch.no_grad(), self._patched(intercept):
+                return self.model(*args, **kwargs)
+        finally:
+            self.attachment.skipped = set()
 
     def keep(self, stream: str, unit: Unit, number: int, use: int, output: Tree) -> None:
         """Cache a finished unit's output for one batch and call."""

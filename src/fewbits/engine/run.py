@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import gc
 import resource
 import sys
@@ -28,6 +30,7 @@ from fewbits.engine.store import ActivationStore, Budget
 from fewbits.engine.tree import Batch, as_call, batch_size, map_tensors, share, to
 from fewbits.errors import FewbitsError
 from fewbits.graph import record
+from fewbits.graph.moments import Moments, NormStatistics
 from fewbits.graph.types import Graph, Site, Unit
 from fewbits.graph.units import find_units
 from fewbits.recipe import QSpec, Recipe, Step
@@ -56,6 +59,7 @@ class QuantizeResult:
     work: Path | None = None
     streamed: bool = False
     overrides: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    float_weights: dict[str, Tensor] | None = None
 
 
 def quantize(
@@ -72,6 +76,8 @@ def quantize(
     budget: Budget | None = None,
     units: str | Sequence[str] | None = None,
     source: Streamed | None = None,
+    keep_float: bool = False,
+    input_range: tuple[float | Tensor, float | Tensor] | None = None,
 ) -> QuantizeResult:
     """Quantize `model` in place by `recipe`.
 
@@ -82,6 +88,9 @@ def quantize(
         the same bits.
     units: globs of module names to process at once instead of the units found.
     source: stream weights from safetensors files; the model's parameters are then on the meta device.
+    input_range: smallest and largest element of image inputs, as numbers or per channel [C], where that is known (from
+        the preprocessing: `fewbits.hub.preprocess.input_range`), for recipes that work without data.
+    keep_float: keep every weight as it was when it was quantized, transforms done, in the result's `float_weights`.
 
     Raises `FewbitsError` for bad input. No file is left half-written; the model itself may be quantized in part then.
     """
@@ -99,6 +108,11 @@ def quantize(
         units,
         source,
     )
+    if keep_float:
+        run.float_weights = {}
+    if input_range is not None:
+        low, high = (torch.as_tensor(end, dtype=torch.float64).cpu() for end in input_range)
+        run.input_range = (low, high)
     try:
         return run.execute()
     except BaseException:
@@ -134,6 +148,13 @@ class Run:
         self.progress = progress or Progress()
         self.notes: list[str] = []
         self.overrides: dict[str, QSpec | None] = {}
+        # What is known without data: mean and standard deviation per channel of values that norms make, kept up by
+        # steps that rescale channels; ends of the inputs; and what follows for other values, all by value id.
+        self.norms: dict[int, NormStatistics] = {}
+        self.input_range: tuple[Tensor, Tensor] | None = None
+        self.moments: dict[int, Moments] = {}
+        self.float_weights: dict[str, Tensor] | None = None  # by site, (out, in, *kernel), where they are wanted
+        self.known: dict[str, dict[str, Tensor]] = {}  # what steps asked to be remembered
         self.batches = batches
         self.sizes = [batch_size(batch) for batch in batches]
         if example is None and not batches:
@@ -179,7 +200,7 @@ class Run:
     def spec(self, site: Site) -> QSpec | None:
         """The grid at a site: what a step put there, or what the scheme says."""
         if site.name in self.overrides:
-            return self.overrides[site.name]
+            return self.recipe.scheme.changed(site, self.overrides[site.name])
         return self.recipe.scheme.spec(site)
 
     def set_batches(self, batches: Sequence[Batch]) -> None:
@@ -191,7 +212,8 @@ class Run:
     def execute(self) -> QuantizeResult:
         sweeps = self.recipe.sweeps()
         self._check_scheme()
-        self.progress.start(len(sweeps) * len(self.units), str(self.forecast))
+        model_steps = self.recipe.model_steps()
+        self.progress.start(len(model_steps) + len(sweeps) * len(self.units), str(self.forecast))
         try:
             with (
                 torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
@@ -199,8 +221,9 @@ class Run:
             ):
                 torch.manual_seed(self.seed)
                 with torch.no_grad():
-                    for step in self.recipe.model_steps():
+                    for step in model_steps:
                         step.apply(ModelContext(self))  # type: ignore[arg-type]
+                        self.progress.advance()
                     self._float_rewrites = self.attachment.rewrites()
                     if any(step.logits for step in self.recipe.steps):
                         self.float_logits = [self._logits(batch) for batch in self.batches]
@@ -224,6 +247,7 @@ class Run:
             self.commits.folder if self.commits else None,
             self.streamed,
             {name: None if spec is None else spec.to_dict() for name, spec in self.overrides.items()},
+            self.float_weights,
         )
 
     def sweep(self, number: int, steps: list[Step], later: list[list[Step]]) -> None:
@@ -241,7 +265,7 @@ class Run:
         done = [self.commits is not None and self.commits.has(number, index) for index in range(len(self.units))]
         if all(done) and not self.glue_sites(len(self.units)):
             streams = []  # nothing left to compute in this sweep
-        activations = all(step.activations for step in steps)
+        activations = all(step.activations is not False for step in steps)
         for index, unit in enumerate(self.units):
             self.progress.working(unit.name)
             self.source.bring_in(unit)
@@ -261,8 +285,9 @@ class Run:
             if done[index]:
                 self._restore(number, index)
             else:
-                for step in steps:
-                    step.apply(UnitContext(self, unit, number))
+                with self._holding_float_weights(any(step.float_weights for step in steps)):
+                    for step in steps:
+                        step.apply(UnitContext(self, unit, number))
                 if self.commits is not None:
                     self.commits.write(number, index, *self._snapshot(index))
             if "quantized" in streams:
@@ -358,6 +383,18 @@ class Run:
             for held, data in swapped:
                 held.data = data
 
+    @contextmanager
+    def _holding_float_weights(self, wanted: bool) -> Iterator[None]:
+        """Weights as they are when they are committed, for the steps of one unit that ask for them."""
+        if not wanted or self.float_weights is not None:
+            yield
+            return
+        self.float_weights = {}
+        try:
+            yield
+        finally:
+            self.float_weights = None
+
     def _parameter(self, name: str) -> Tensor:
         from fewbits.graph.operands import parameter
 
@@ -366,7 +403,8 @@ class Run:
     # -- commits -----------------------------------------------------------------------------------------------------
     def _snapshot(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         unit = self.units[index]
-        sites = [*self.glue_sites(index), *self.graph.sites_of(unit)]
+        # A step may have seen to the activation behind the unit too.
+        sites = [*self.glue_sites(index), *self.graph.sites_of(unit), *self.glue_sites(index + 1)]
         return snapshot.take(self.model, self.attachment, names_in(self.model, unit), sites)
 
     def _restore(self, sweep: int, index: int) -> None:
@@ -395,6 +433,9 @@ class Run:
         covered = [*context.weights(), *context.activations()]
         if not covered:
             raise FewbitsError(f"{self.recipe.name}: the scheme covers no site of this model; see `fewbits inspect`")
+        self._check_changes()
+        if self.recipe.bits.activation is not None and not context.activations():
+            self.note(f"{self.recipe.name}: no activation of this model is one it quantizes; all stay floating point")
         for site in context.weights():
             if site.param is None or site.view is None:
                 raise FewbitsError(
@@ -405,6 +446,18 @@ class Run:
             self.note(f"{name} lies in no unit and stays floating point; name its module with `units` to quantize it")
         for place in self.graph.opaque:
             self.note(f"{place} hides its products behind one call and stays floating point inside")
+
+    def _check_changes(self) -> None:
+        """Every change that the user asked for must concern a site that the recipe would quantize."""
+        scheme = dataclasses.replace(self.recipe.scheme, changes=())
+        quantized = [site for site in self.graph.sites.values() if scheme.spec(site) is not None]
+        for change in self.recipe.scheme.changes:
+            if not any(change.covers(site) for site in quantized):
+                near = difflib.get_close_matches(change.sites, [site.name for site in quantized], n=2)
+                raise FewbitsError(
+                    f"sites={change}: {self.recipe.name} quantizes no site of that name"
+                    f"{'; did you mean ' + ' or '.join(near) + '?' if near else ''}; `fewbits inspect` lists them"
+                )
 
     def _check_complete(self) -> None:
         """Every activation site of the scheme, and every weight site in a unit, must carry a quantizer now."""

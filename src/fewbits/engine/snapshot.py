@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from fewbits.attach import Attachment
 from fewbits.errors import FewbitsError
-from fewbits.formats import expand_params, pack_codes, unpack_codes
+from fewbits.formats import Params, expand_params
 from fewbits.graph import operands
 from fewbits.graph.trace import clean
 from fewbits.graph.types import CallKey, Site
 from fewbits.outliers.parts import part_from_tensors
 from fewbits.quantizer import Quantizer
+from fewbits.rounding.gptq import spread_columns
 
 METADATA = "fewbits"
 VERSION = 1
@@ -56,11 +57,11 @@ def take(
         if site.name not in attachment.codes:
             continue
         codes = attachment.codes[site.name].cpu()
-        fmt = quantizer.spec.format
-        tensors[f"codes/{site.name}"] = pack_codes(codes, fmt.code_bits, offset=fmt.code_min)
+        index = attachment.group_index.get(site.name)
+        tensors[f"codes/{site.name}"] = quantizer.spec.format.pack(codes, _laid_out(quantizer, index, codes.shape))
         described["codes"][site.name] = {"shape": list(codes.shape), "frozen": site.name in attachment.frozen}
-        if site.name in attachment.group_index:
-            tensors[f"group_index/{site.name}"] = attachment.group_index[site.name].cpu().to(torch.int32)
+        if index is not None:
+            tensors[f"group_index/{site.name}"] = index.cpu().to(torch.int32)
         parts = attachment.parts.get(site.name, ())
         if parts:
             described["codes"][site.name]["parts"] = [part.kind for part in parts]
@@ -178,10 +179,6 @@ def _put_codes(
     shape = tuple(weight.flatten(1).shape)
     if tuple(coded["shape"]) != shape:
         raise FewbitsError(f"the stored codes of {site.name} have shape {tuple(coded['shape'])}, its weight {shape}")
-    codes = unpack_codes(tensors[f"codes/{site.name}"], fmt.code_bits, shape, offset=fmt.code_min)
-    if codes.numel() and not fmt.code_min <= int(codes.min()) <= int(codes.max()) <= fmt.code_max:
-        raise FewbitsError(f"the stored codes of {site.name} are not those of {fmt.kind} with {fmt.bits} bits")
-    attachment.codes[site.name] = codes
     index = tensors.get(f"group_index/{site.name}")
     if index is not None:
         groups = max(value.shape[-1] for value in quantizer.params.values() if value.dim())
@@ -190,7 +187,12 @@ def _put_codes(
             raise FewbitsError(
                 f"the stored group index of {site.name} does not give each of {shape[1]} columns one of {groups} groups"
             )
-        attachment.group_index[site.name] = index.long()
+        index = index.long()
+        attachment.group_index[site.name] = index
+    codes = fmt.unpack(tensors[f"codes/{site.name}"], _laid_out(quantizer, index, shape), shape)
+    if codes.numel() and not fmt.code_min <= int(codes.min()) <= int(codes.max()) <= fmt.code_max:
+        raise FewbitsError(f"the stored codes of {site.name} are not those of {fmt.kind} with {fmt.bits} bits")
+    attachment.codes[site.name] = codes
     found: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(f"part/{site.name}/"):
@@ -210,6 +212,15 @@ def _put_codes(
     else:
         attachment.decoded(site.name)  # would the parameters not fit the codes, it is said now
         attachment.thaw(site.name)
+
+
+def _laid_out(quantizer: Quantizer, index: Tensor | None, shape: Sequence[int]) -> Params:
+    """A quantizer's parameters on the CPU so that they broadcast against the codes of its weight."""
+    fmt = quantizer.spec.format
+    params = {name: value.detach().cpu() for name, value in quantizer.params.items()}
+    if index is None:
+        return expand_params(fmt, quantizer.spec.granularity, params, shape)
+    return spread_columns(fmt, params, index.cpu(), shape)
 
 
 def assign(model: nn.Module, name: str, value: Tensor) -> None:

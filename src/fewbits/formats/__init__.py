@@ -2,6 +2,8 @@
 
 from fewbits.formats.apply import decode, encode, expand_params, quantize, storage_bits
 from fewbits.formats.base import Format, Params, ParamSpec, format_from_dict
+from fewbits.formats.blocks import PerBlock
+from fewbits.formats.channel_bits import ChannelBits
 from fewbits.formats.codebook import Codebook
 from fewbits.formats.fp8 import Float8
 from fewbits.formats.granularity import (
@@ -18,9 +20,12 @@ from fewbits.formats.packing import pack_codes, unpack_codes
 from fewbits.formats.power_of_two import PowerOfTwo, snap_to_power_of_two
 from fewbits.formats.rounding import round_to_integer
 from fewbits.formats.ternary import Ternary
+from fewbits.formats.twin import GELU_BOUND, TwinMagnitude, TwinSign
 from fewbits.formats.uniform import Uniform, affine, gptq_grid, raw_affine, symmetric
 
 __all__ = [
+    "GELU_BOUND",
+    "ChannelBits",
     "Codebook",
     "Float8",
     "Format",
@@ -29,6 +34,7 @@ __all__ = [
     "LogSqrt2",
     "ParamSpec",
     "Params",
+    "PerBlock",
     "PerChannel",
     "PerGroup",
     "PerHead",
@@ -36,6 +42,8 @@ __all__ = [
     "PerToken",
     "PowerOfTwo",
     "Ternary",
+    "TwinMagnitude",
+    "TwinSign",
     "Uniform",
     "affine",
     "decode",

@@ -7,8 +7,8 @@ has the granularity's param shape `P` and a wide one has `(width, *P)`; `Granula
 
 How the other grids in the literature fit, without touching this file or the code that uses it:
 
-* **Twin / two-region** (PTQ4ViT, TSPTQ-ViT, MPTQ-ViT): params `scale_fine`, `scale_coarse` (their ratio a power of
-  two); the code carries the region in its top bit. The regions are chosen inside `nearest`, by sign or by magnitude.
+* **Twin / two-region** (PTQ4ViT, TSPTQ-ViT, MPTQ-ViT): `TwinMagnitude`, `TwinSign`. Param `shift`, the power of two
+  between the steps; the code carries the region in its top bit, chosen inside `nearest` by sign or by magnitude.
 * **Piecewise linear** (PWLQ): params `breakpoint`, `bound`; the code is region bit plus piece code, so `levels` is that
   of b+1 bits, and `code_bits` reports what is really stored.
 * **Binary-coded sums** (MR-BiQ) and **multipoint sums** (Multipoint): one param `alpha` of width q (leading axis); the
@@ -28,7 +28,7 @@ How the other grids in the literature fit, without touching this file or the cod
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
+from fewbits.formats.packing import pack_codes, unpack_codes
 from fewbits.formats.registry import Described, Registry
 
 Params = dict[str, Tensor]
@@ -166,6 +167,18 @@ class Format(Described, ABC):
         """Stored bits of `numel` codes and the parameters of `blocks` blocks."""
         params = sum(spec.bits * spec.width * (blocks if spec.per == "block" else 1) for spec in self.param_specs())
         return numel * self.code_bits + params
+
+    def mean_code_bits(self, params: Mapping[str, Tensor]) -> float:
+        """Bits of one stored code, on average over the blocks; formats whose blocks differ in width override this."""
+        return float(self.code_bits)
+
+    def pack(self, codes: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """Integer codes as a flat uint8 tensor; `params` broadcast against `codes`."""
+        return pack_codes(codes, self.code_bits, offset=self.code_min)
+
+    def unpack(self, packed: Tensor, params: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+        """The codes of `shape` that `pack` packed with the same parameters. FewbitsError for anything else."""
+        return unpack_codes(packed, self.code_bits, shape, offset=self.code_min)
 
     def check_params(self, params: Mapping[str, Tensor], where: str = "quantizer") -> None:
         """Raise FewbitsError, naming `where`, unless `params` hold exactly this format's finite parameters."""

@@ -34,6 +34,12 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
     return torch.take_along_dim(table, index.unsqueeze(0), dim=0).squeeze(0)
 
 
+def half(table: Tensor) -> Tensor:
+    """A table's entries as float16 holds them, float32; what float16 cannot reach takes its largest value."""
+    top = torch.finfo(torch.float16).max
+    return table.clamp(-top, top).half().float()
+
+
 def closest(x: Tensor, table: Tensor) -> Tensor:
     """Index of the entry of `table` nearest to every `x`; a tie goes to the lower one."""
     below = locate(x, table)
@@ -48,7 +54,8 @@ class Codebook(Format):
 
     bits: b. points: None for a free ascending table of 2^b values per block (param `table`, leading axis; from_range
     spreads it evenly, ranges such as k-means fill it); or up to 2^b fixed ascending numbers shared by all blocks and
-    multiplied by a `scale` per block, absmax / max|level| (NF4, subset codebooks).
+    multiplied by a `scale` per block, absmax / max|level| (NF4, subset codebooks). table_bits: what one entry of a free
+    table counts for, 16 or 32; entries are float32 numbers either way (`half` rounds them to what 16 bits hold).
     """
 
     kind: ClassVar[str] = "codebook"
@@ -56,10 +63,13 @@ class Codebook(Format):
     bits: int = 4
     points: tuple[float, ...] | None = None
     eps: float = 1e-20
+    table_bits: int = 32
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 1 <= self.bits <= 12:
             raise FewbitsError(f"codebook format: bits must be an integer from 1 to 12, got {self.bits!r}")
+        if self.table_bits not in (16, 32):
+            raise FewbitsError(f"codebook format: table_bits must be 16 or 32, got {self.table_bits!r}")
         if self.points is None:
             return
         object.__setattr__(self, "points", tuple(float(level) for level in self.points))
@@ -77,7 +87,7 @@ class Codebook(Format):
 
     def param_specs(self) -> tuple[ParamSpec, ...]:
         if self.points is None:
-            return (ParamSpec("table", 32, learnable=True, width=self.levels),)
+            return (ParamSpec("table", self.table_bits, learnable=True, width=self.levels),)
         return (
             ParamSpec("scale", 32, learnable=True, positive=True),
             ParamSpec("table", 0, width=self.levels, per="tensor"),

@@ -42,12 +42,12 @@ class Uniform(Format):
     eps: smallest step. min_span: smallest hi-lo that enters the step (the zero point still comes from lo).
     zero_range: an all-zero block gets the step of range [-1, 1] ("unit") or `eps` ("eps"); it decodes to exact zeros
         either way.
+    constant: what happens to a range of no extent off zero (a constant block): it is pulled to zero, so that its value
+        is the end point of the grid ("kept"), or left to `min_span` and `eps`, and its value is "lost".
     arithmetic: precision in which step and zero point are computed before they are kept as float32.
 
     With a real zero point and "round_then_shift" (released RepQ-ViT after averaging, RAPQ) the end codes lie off the
     lattice: one level more than 2^b exists, `code_bits` is b+1, and quantizing an end value again may move it.
-
-    A range of no extent off zero (a constant block) is pulled to zero, so that its value is the end point of the grid.
     """
 
     kind: ClassVar[str] = "uniform"
@@ -66,6 +66,7 @@ class Uniform(Format):
     eps: float = 1e-20
     min_span: float = 0.0
     zero_range: Literal["unit", "eps"] = "unit"
+    constant: Literal["kept", "lost"] = "kept"
     arithmetic: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:
@@ -76,6 +77,7 @@ class Uniform(Format):
             "rounding": ("half_even", "half_away", "half_up", "floor"),
             "order": ("round_then_shift", "shift_then_round"),
             "zero_range": ("unit", "eps"),
+            "constant": ("kept", "lost"),
             "arithmetic": ("float32", "float64"),
         }
         for name, allowed in choices.items():
@@ -154,7 +156,8 @@ class Uniform(Format):
     def adjust_range(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """The range the grid is built on: widened, mirrored and never without extent, as the policies say."""
         zero = torch.zeros_like(lo)
-        pull = torch.ones_like(lo, dtype=torch.bool) if self.include_zero else hi <= lo
+        always = self.include_zero or self.constant == "lost"
+        pull = torch.full_like(lo, self.include_zero, dtype=torch.bool) if always else hi <= lo
         lo, hi = torch.where(pull, torch.minimum(lo, zero), lo), torch.where(pull, torch.maximum(hi, zero), hi)
         if self.symmetric:
             bound = torch.maximum(lo.abs(), hi.abs())
@@ -204,6 +207,10 @@ class Uniform(Format):
         if self.order == "round_then_shift":
             return round_to_integer(ratio, self.rounding) + zero
         return round_to_integer(ratio + zero, self.rounding)
+
+    def code_bounds(self, params: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Lowest and highest value a code is clamped to."""
+        return self.q_min, self.q_max
 
     def nearest(self, x: Tensor, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         free = self.shifted(x, params)
@@ -278,7 +285,10 @@ def gptq_grid(bits: int, *, sym: bool = False, saturate_one_sided: bool = False)
     )
 
 
-def raw_affine(bits: int) -> Uniform:
-    """Unsigned affine grid on the raw range: zero not forced in, zero point an unclamped integer (BRECQ 'mse',
-    RepQ-ViT)."""
-    return Uniform(bits=bits, include_zero=False, clamp_zero_point=False)
+def raw_affine(bits: int, **policy: object) -> Uniform:
+    """Affine grid on the raw range: zero not forced in, zero point an unclamped integer (BRECQ 'mse', RepQ-ViT).
+
+    Unsigned unless `policy`, which overrides fields of Uniform, says otherwise.
+    """
+    fields: dict[str, object] = {"include_zero": False, "clamp_zero_point": False}
+    return Uniform(bits=bits, **{**fields, **policy})  # type: ignore[arg-type]

@@ -422,7 +422,7 @@ class Flow:
         if call.op in NORMS:
             return {"post_norm"}
         if call.op in ACTIVATIONS:
-            return {"post_activation", f"post_{call.op}"}
+            return {"post_activation", f"post_{call.op}"} | ({"post_relu6"} if is_relu6(call) else set())
         written = self.functional_activation(call)
         if written is not None:
             return {"post_activation", f"post_{written}"}
@@ -433,3 +433,12 @@ class Flow:
             if inner is not None and inner.op == "mul" and self.is_functional_norm(inner):
                 return {"post_layernorm"}
         return set()
+
+
+def is_relu6(call: Call) -> bool:
+    """Whether a call clips at zero and six, by whatever name (`nn.ReLU6` may run as `hardtanh`)."""
+    ends = tuple(
+        call.kwargs.get(name, call.args[place] if place < len(call.args) else default)
+        for name, place, default in (("min_val", 1, -1.0), ("max_val", 2, 1.0))
+    )
+    return call.op == "relu6" or (call.op == "hardtanh" and ends == (0, 6))

@@ -4,7 +4,8 @@
 placement: after a layer's normalisation and activation, and after a residual add's activation instead of on the two
 branches before it (BRECQ's blocks); `bare_input` are the layer inputs and matmul operands that such outputs do not
 reach unchanged. `first_layer` and `last_layer` have no weighted layer before or after them; `lm_head` is a last layer
-that gives one row of logits per input token.
+that gives one row of logits per input token. `feeds_last_layer` are the layer outputs that a last layer reads with no
+other layer between: before pooling or a final norm.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def tag_positions(graph: Graph, sites: dict[str, Site]) -> None:
     embedded = any(call.op == "embedding" and _from_tokens(graph, call) for call in weighted)
     ends = {call.index: layer_output(graph, flow, call) for call in layers if call.index not in last}
     outputs = set(ends.values())
+    feeding = _feeding(graph, last, outputs)
     first_outputs = {ends[index] for index in first if index in ends}
     by_call: dict[int, list[Site]] = {}
     for site in sites.values():
@@ -50,6 +52,8 @@ def tag_positions(graph: Graph, sites: dict[str, Site]) -> None:
                 own.add("matmul_operand")
             if site.role == "output" and index in outputs:
                 own.add("layer_output")
+                if index in feeding:
+                    own.add("feeds_last_layer")
                 if index in first_outputs:
                     own.add("first_layer")
             if own & {"layer_input", "matmul_operand"} and "first_layer" not in own:
@@ -65,7 +69,7 @@ def layer_output(graph: Graph, flow: Flow, call: Call) -> int:
     """The call whose output stands for a layer's: past the norm, activation and residual add that alone follow it."""
     current = call
     while True:
-        after = _sole_reader(graph, current)
+        after = sole_reader(graph, current)
         if after is None:
             return current.index
         if after.op in _FOLLOWS or (after.op == "add" and flow.is_residual(after)):
@@ -78,7 +82,7 @@ def following_activation(graph: Graph, call: Call) -> list[Call]:
     """The calls from a layer's output to the activation that alone reads it, with any norm between; empty if none."""
     chain: list[Call] = []
     current = call
-    while (after := _sole_reader(graph, current)) is not None and after.op in _FOLLOWS:
+    while (after := sole_reader(graph, current)) is not None and after.op in _FOLLOWS:
         chain.append(after)
         if after.op in ACTIVATIONS:
             return chain
@@ -105,13 +109,14 @@ def _from_tokens(graph: Graph, call: Call) -> bool:
     return False
 
 
-def _sole_reader(graph: Graph, call: Call) -> Call | None:
+def sole_reader(graph: Graph, call: Call) -> Call | None:
+    """The call that alone reads a call's output, past dropout and the like."""
     readers = graph.consumers.get(call.outputs[0], [])
     if len(readers) != 1:
         return None
     reader = graph.calls[readers[0]]
     if reader.op in IDENTITY:
-        return _sole_reader(graph, reader)
+        return sole_reader(graph, reader)
     return reader
 
 
@@ -142,3 +147,21 @@ def _without_later(graph: Graph, flow: Flow, layers: list[Call]) -> set[int]:
         if later or call.index in marks or product:
             leads.update(ref.value for ref in call.refs())
     return last
+
+
+def _feeding(graph: Graph, last: set[int], outputs: set[int]) -> set[int]:
+    """The calls of `outputs` that lead to a call of `last` through no other of them."""
+    frontier = [ref.value for index in last for ref in graph.calls[index].refs()]
+    found: set[int] = set()
+    seen: set[int] = set()
+    while frontier:
+        value = frontier.pop()
+        made = graph.values[value].call
+        if value in seen or made is None:
+            continue
+        seen.add(value)
+        if made in outputs:
+            found.add(made)
+        else:
+            frontier.extend(ref.value for ref in graph.calls[made].refs())
+    return found

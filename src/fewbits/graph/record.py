@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fewbits.errors import FewbitsError
 from fewbits.graph.ops import CREATION, IDENTITY, LAYOUT, OPAQUE, PLAIN_READERS, SLOTS, bind
 from fewbits.graph.positions import tag_positions
+from fewbits.graph.results import tag_results
 from fewbits.graph.sites import find_sites
 from fewbits.graph.trace import Frame, Tracer, clean
 from fewbits.graph.types import Call, CallKey, Graph, ModuleCall, Ref, Value
@@ -68,6 +69,7 @@ def record(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
         graph, {clean(name): tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     )
     tag_positions(graph, graph.sites)
+    tag_results(graph, graph.sites)
     return graph
 
 

@@ -220,9 +220,19 @@ class Graph:
                 out.setdefault(ref.value, []).append(call.index)
         return out
 
+    def forget(self, *names: str) -> None:
+        """Work out the named cached properties anew when they are next asked for: a recorded call was changed."""
+        for name in names:
+            self.__dict__.pop(name, None)
+
     def sites_of(self, unit: Unit) -> list[Site]:
         """The unit's sites in call order."""
         return [site for site in self.sites.values() if unit.contains(site.module)]
+
+    def stored_in(self, call: Call, slot: str) -> str | None:
+        """Name of the parameter or buffer in a call's slot; None where another tensor, or nothing, is passed there."""
+        ref = call.bound.get(slot)
+        return self.values[ref.value].param if isinstance(ref, Ref) else None
 
     def unit_of(self, path: str) -> Unit | None:
         return next((unit for unit in self.units if unit.contains(path)), None)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
-from fewbits.graph.operands import parameter
+from fewbits.graph.operands import canonical, parameter
 from fewbits.graph.relations import End, Relation
+from fewbits.graph.types import Call, Graph, Ref, Site
 from fewbits.transforms.fold import absorb_shift, fold_into_outputs, scale_inputs
 
 
@@ -38,18 +39,18 @@ def scale(model: nn.Module, relation: Relation, s: Tensor, *, only: str = "both"
 
 
 @torch.no_grad()
-def shift(model: nn.Module, relation: Relation, t: Tensor) -> None:
+def shift(model: nn.Module, relation: Relation, t: Tensor, *, force: bool = False) -> None:
     """Add t to the relation's channels at the producers and take it back in the consumers' biases, in place.
 
     t: [relation.size], finite. A linear or convolution without a bias gets one (a new `Parameter` named `bias`). Raises
-    `FewbitsError` where the relation does not permit a shift or t is wrong.
+    `FewbitsError` where the relation does not permit a shift or t is wrong. `force` shifts a relation that permits
+    positive scales only, for a caller who knows that what passes the ops on the way is shifted too (values that a ReLU
+    does not clip); zeros that a convolution pads with are not.
     """
-    t = _check(relation, t, "shift", False)
+    t = _check(relation, t, "positive_scale" if force else "shift", False)
     for end in relation.consumers:  # from the old weights; the order does not matter, producers only change biases
-        weight = operand(model, end)
+        weight = canonical(operand(model, end), end.layout, end.groups)
         moved = _spread(end, t, 0.0).to(weight.device)
-        if end.layout == "io":
-            weight = weight.transpose(-2, -1)
         name, index = _bias_of(model, end, create=True)
         bias = parameter(model, name).detach()
         rows = bias.view(-1)[index]
@@ -90,6 +91,68 @@ def channels(model: nn.Module, end: End) -> Tensor:
     if (end.axis == "out") == (end.layout == "oi"):
         return held.flatten(1).clone()
     return held.unflatten(0, (end.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1).clone()
+
+
+@torch.no_grad()
+def bias_of_call(model: nn.Module, graph: Graph, call: Call) -> Tensor | None:
+    """The bias that a weighted call adds now, one element per output, or None (a copy).
+
+    A bias that was not there when the forward was recorded is found on the module.
+    """
+    found = _bias_place(model, graph, call)
+    if found is None:
+        return None
+    name, index = found
+    held = parameter(model, name).detach()
+    return held.clone() if index is None else held.reshape(-1)[index.to(held.device)]
+
+
+def bias_parameter(model: nn.Module, graph: Graph, call: Call) -> Tensor | None:
+    """The parameter that is a weighted call's bias as a whole, as `bias_of_call` finds it."""
+    found = _bias_place(model, graph, call)
+    return None if found is None or found[1] is not None else parameter(model, found[0])
+
+
+@torch.no_grad()
+def add_to_bias(model: nn.Module, graph: Graph, site: Site, t: Tensor) -> None:
+    """Add t [out] to what the layer of a weight site adds to its output, in place.
+
+    A linear or convolution without a bias gets one (a new `Parameter` named `bias`). Raises `FewbitsError` where none
+    can be.
+    """
+    call = graph.calls[site.call]
+    found = _bias_place(model, graph, call)
+    if found is None:
+        owner, _, leaf = (site.param or "").rpartition(".")
+        if leaf != "weight" or site.sliced or not (site.op == "linear" or site.op.startswith("conv")):
+            raise FewbitsError(f"{site.name}: this layer has no bias, and none can be added to it")
+        _new_bias(model.get_submodule(owner), parameter(model, site.param or ""), len(t))
+        found = f"{owner}.bias" if owner else "bias", None
+    name, index = found
+    bias = parameter(model, name).detach()
+    place = torch.arange(bias.numel()) if index is None else index
+    if len(place) != len(t):
+        raise FewbitsError(f"{site.name}: {len(t)} values do not fit its bias of {len(place)}")
+    rows = bias.view(-1)[place].double()
+    bias.view(-1)[place] = (rows + t.double().to(rows.device)).to(bias.dtype)
+
+
+def _bias_place(model: nn.Module, graph: Graph, call: Call) -> tuple[str, Tensor | None] | None:
+    """Name of the bias a weighted call adds, and its elements there (None: all of them)."""
+    ref = call.bound.get("bias")
+    if isinstance(ref, Ref):
+        name = graph.values[ref.value].param
+        if name is None:
+            return None
+        held = parameter(model, name)
+        index = graph.index_of(ref.value, tuple(held.shape)).reshape(-1)
+        return name, None if len(index) == held.numel() else index
+    weight = graph.flow.operands(call).get("weight")
+    owner, _, leaf = ((graph.values[weight.value].param if weight else None) or "").rpartition(".")
+    if leaf != "weight" or not (call.op == "linear" or call.op.startswith("conv")):
+        return None
+    own = getattr(model.get_submodule(owner), "bias", None)
+    return (f"{owner}.bias" if owner else "bias", None) if isinstance(own, Tensor) else None
 
 
 def _check(relation: Relation, vector: Tensor, use: str, force: bool) -> Tensor:
@@ -191,7 +254,8 @@ def _bias_of(model: nn.Module, end: End, create: bool) -> tuple[str, Tensor]:
     if end.bias is not None and end.bias_index is not None:
         return end.bias, end.bias_index
     owner, _, leaf = end.param.rpartition(".")
-    rows = torch.arange(operand(model, end).shape[0]) if end.axis == "in" else torch.arange(len(end.channel_of))
+    outputs = canonical(operand(model, end), end.layout, end.groups).shape[0] if end.axis == "in" else None
+    rows = torch.arange(len(end.channel_of) if outputs is None else outputs)
     plain = end.whole and leaf == "weight" and (end.op == "linear" or end.op.startswith("conv"))
     if not plain:
         if create:
@@ -202,7 +266,10 @@ def _bias_of(model: nn.Module, end: End, create: bool) -> tuple[str, Tensor]:
     if getattr(module, "bias", None) is None:
         if not create:
             return "", rows
-        weight = parameter(model, end.param)
-        outputs = weight.shape[1] * end.groups if end.layout == "io_conv" else weight.shape[0]
-        module.register_parameter("bias", nn.Parameter(torch.zeros(outputs, dtype=weight.dtype, device=weight.device)))
+        _new_bias(module, parameter(model, end.param), len(rows))
     return name, rows
+
+
+def _new_bias(module: nn.Module, weight: Tensor, outputs: int) -> None:
+    zeros = torch.zeros(outputs, dtype=weight.dtype, device=weight.device)
+    module.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))

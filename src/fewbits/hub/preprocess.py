@@ -51,6 +51,25 @@ def image_transform(spec: dict[str, Any]) -> Transform:
     return makers[spec["kind"]](spec)
 
 
+def input_range(spec: dict[str, Any] | None) -> tuple[Tensor, Tensor] | None:
+    """What black and white pixels become, per channel: (smallest, largest), float64 [C]. None where nothing says so."""
+    if spec is None:
+        return None
+    kind, black, white = spec.get("kind"), 0.0, 1.0
+    mean, std = spec.get("mean"), spec.get("std")
+    if kind == "torchvision":
+        preset = _torchvision(spec)
+        mean, std = getattr(preset, "mean", None), getattr(preset, "std", None)
+    elif kind == "transformers":
+        white = 255.0 * float(spec.get("rescale_factor") or 1 / 255) if spec.get("do_rescale", True) else 255.0
+        normal = spec.get("do_normalize", True)
+        mean, std = (spec.get("image_mean"), spec.get("image_std")) if normal else (0.0, 1.0)
+    if mean is None or std is None:  # a diffusion model's input is noise for the most part
+        return None
+    centre, width = (torch.as_tensor(value, dtype=torch.float64).reshape(-1) for value in (mean, std))
+    return (black - centre) / width, (white - centre) / width
+
+
 def channels(spec: dict[str, Any]) -> int:
     """Colour channels of the input."""
     return int((spec.get("input_size") or (3,))[0])

@@ -11,6 +11,7 @@ from fewbits.errors import FewbitsError
 
 #: package -> the extra of fewbits that brings it
 EXTRAS = {
+    "plotly": "report",
     "timm": "vision",
     "torchvision": "vision",
     "PIL": "vision",

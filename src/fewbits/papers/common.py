@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from fewbits.formats import Format, Granularity, PerChannel, PerGroup, PerToken, format_from_dict, symmetric
+from fewbits.formats import Format, Granularity, PerChannel, PerGroup, PerToken, symmetric
 from fewbits.ranges import AbsMax, Range
 from fewbits.recipe import Bits, QSpec, Rule
 
@@ -47,4 +45,4 @@ def input_rules(spec: QSpec, *, matmuls: bool = True, without: frozenset[str] = 
 
 def at_bits(spec: QSpec, bits: int) -> QSpec:
     """The same quantizer at another width. Raises `FewbitsError` for a format that has only one."""
-    return dataclasses.replace(spec, format=format_from_dict({**spec.format.to_dict(), "bits": bits}))
+    return spec.at_bits(bits)

@@ -21,6 +21,7 @@ BASELINES = {"rtn"}
 #: Options every recipe takes.
 COMMON_OPTIONS: dict[str, tuple[type, Any, str]] = {
     "exclude": (str, "", "globs of site names kept in floating point, separated by commas"),
+    "sites": (str, "", "changes at named sites, GLOB:WORD[+WORD] separated by commas: blocks.0.mlp.*:8"),
     "first_last_bits": (int, 0, "bits of the first and last layer's weights and inputs (0: as the recipe says)"),
     "regime": (str, "", "parallel, sequential or true_sequential ('': as the recipe says)"),
     "samples": (int, 0, "calibration samples (0: as the recipe says)"),
@@ -142,6 +143,7 @@ def _convert(key: str, value: Any, wanted: Any) -> Any:
 def _apply_common(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     import dataclasses
 
+    from fewbits.changes import parse_changes
     from fewbits.papers.common import at_bits
     from fewbits.recipe import Rule
 
@@ -169,7 +171,9 @@ def _apply_common(recipe: Recipe, options: dict[str, Any]) -> Recipe:
         calibration = dataclasses.replace(calibration, samples=options["samples"])
     return dataclasses.replace(
         recipe,
-        scheme=dataclasses.replace(scheme, overrides=tuple(overrides)),
+        scheme=dataclasses.replace(
+            scheme, overrides=tuple(overrides), changes=parse_changes(options.get("sites", ""))
+        ),
         calibration=calibration,
         options={**recipe.options, **options},
     )

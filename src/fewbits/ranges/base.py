@@ -6,7 +6,7 @@ A range works block by block on 2-D views [blocks, values] that the granularity 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,12 @@ from fewbits.formats.registry import Described, Registry
 
 
 class Range(Described, ABC):
-    """How parameters are found. Subclasses are frozen dataclasses with a `kind`."""
+    """How parameters are found. Subclasses are frozen dataclasses with a `kind`.
+
+    `at_output`: a step finds them at the layer's output; from values alone this range tells only where that starts.
+    """
+
+    at_output: ClassVar[bool] = False
 
     @abstractmethod
     def fit_blocks(self, blocks: Tensor, fmt: Format) -> Params:

@@ -26,11 +26,11 @@ def search_blocks(blocks: Tensor, fmt: Format, tried: Candidates, metric: Score)
     Blocks of extreme magnitude are scored after an exact division by a power of two, so that |error|**p neither
     overflows nor vanishes and a best candidate always exists.
     """
-    unit = _unit(blocks)
+    unit = power_unit(blocks)
     scaled = blocks / unit
     best: Tensor | None = None
     kept: Params = {}
-    for lo, hi in tried.bounds(blocks):
+    for lo, hi in tried.bounds(blocks, fmt):
         params = fmt.from_range(lo, hi)
         # blocks are rows, so a parameter [..., n] expands like a per-row one
         rows = {
@@ -50,7 +50,7 @@ def search_blocks(blocks: Tensor, fmt: Format, tried: Candidates, metric: Score)
     return kept
 
 
-def _unit(blocks: Tensor) -> Tensor:
+def power_unit(blocks: Tensor) -> Tensor:
     """[n, 1]: a power of two near the block's largest magnitude where that is extreme, else 1."""
     loud = blocks.abs().amax(dim=1, keepdim=True)
     _, exponent = torch.frexp(loud)

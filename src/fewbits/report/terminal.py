@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import shlex
 from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from fewbits.report.words import decibels, number, signed_bytes, size
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return "?"
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def quantized(report: dict[str, Any], console: Console) -> None:
@@ -26,25 +24,71 @@ def quantized(report: dict[str, Any], console: Console) -> None:
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
     if report["metric"]:
-        table.add_row(report["metric"], _number(report["metric_before"]), _number(report["metric_after"]))
-    table.add_row("size", _size(report["bytes_before"]), _size(report["bytes_after"]))
+        table.add_row(report["metric"], number(report["metric_before"]), number(report["metric_after"]))
+    table.add_row("size", size(report["bytes_before"]), size(report["bytes_after"]))
     console.print(table)
     console.print(
         f"{report['seconds']:.1f} s to quantize, {report['seconds_total']:.1f} s in all, peak memory "
-        f"{_size(report['peak_memory_bytes'])}, "
+        f"{size(report['peak_memory_bytes'])}, "
         f"seed {report['seed']}, written to {report['out']}",
         soft_wrap=True,
         highlight=False,
         markup=False,
     )
+    if report.get("page"):
+        console.print(f"where the accuracy went: {report['page']}", soft_wrap=True, highlight=False, markup=False)
     for note in report["notes"]:
         console.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
 
 
-def _number(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "not finite"
-    return f"{value:.4g}" if abs(value) < 0.1 else f"{value:.2f}"
+def diagnosed(found: dict[str, Any], console: Console) -> None:
+    """The sites that hurt most, then what to do about them."""
+    from rich.table import Table
+
+    output, metric, data = found["output"], found["metric"], found["data"]
+    lines = [
+        f"{found['model']}: {found['recipe']} {found['bits']}, run on {data['samples']} samples of {data['data']}",
+        f"output error ({'KL divergence, nats' if output['measure'] == 'kl' else 'relative squared error'}): "
+        f"{number(output['quantized'])}",
+    ]
+    if metric is not None:
+        lines.append(f"{metric['name']}: {number(metric['float'])} float, {number(metric['quantized'])} quantized")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    by_name = {site["site"]: site for site in found["sites"]}
+    table = Table(title="sites that hurt most", title_justify="left")
+    for column in ("#", "site", "grid", "should win", "error alone", "tensor", "layer", "in the whole"):
+        table.add_column(column, justify="left" if column == "site" else "right", overflow="fold")
+    for place, name in enumerate(found["ranking"][:10], start=1):
+        site = by_name[name]
+        table.add_row(
+            str(place), escape(name), f"{site['format']} {site['bits']}", number(site["gain"]), number(site["alone"]),
+            *(decibels(site[key]) for key in ("tensor_db", "layer_db", "accumulated_db")),
+        )  # fmt: skip
+    console.print(table)
+    name = metric["name"] if metric else "metric"
+    for title, key in (("what to do", "suggestions"), ("the same place in every block", "patterns")):
+        if found[key]:
+            console.print(title, style="bold")
+        for place, item in enumerate(found[key], start=1):
+            about = "" if item["predicted"] is None else f", {name} about {number(item['predicted'])}"
+            console.print(
+                f"{place:2}. {', '.join(item['globs'])}: {item['says']}; should take off {item['share'] or 0:.0%} "
+                f"(± {item['share_spread'] or 0:.0%}) of the error{about}, {signed_bytes(item['extra_bytes'])}",
+                soft_wrap=True, highlight=False, markup=False,
+            )  # fmt: skip
+            console.print(f"    --set {shlex.quote(item['option'])}", style="dim", soft_wrap=True, markup=False)
+    if not found["suggestions"]:
+        console.print("no change of a single site that was tried takes a noticeable part of the error away")
+    for several in found["together"][-1:]:
+        about = "" if several["predicted"] is None else f", {name} about {number(several['predicted'])}"
+        console.print(
+            f"the first {several['count']} together: should take off {several['share'] or 0:.0%} "
+            f"(± {several['share_spread'] or 0:.0%}) of the error{about}, {signed_bytes(several['extra_bytes'])}",
+            soft_wrap=True, highlight=False, markup=False,
+        )  # fmt: skip
+    for note in found["notes"]:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
 
 
 def measured(measured: dict[str, Any], console: Console) -> None:
@@ -54,7 +98,7 @@ def measured(measured: dict[str, Any], console: Console) -> None:
         where += f", window {measured['window']}, stride {measured['stride']}"
     console.print(f"{measured['model']} on {where})", soft_wrap=True, highlight=False, markup=False)
     for name, value in measured["metrics"].items():
-        console.print(f"  {name} {_number(value)}", highlight=False)
+        console.print(f"  {name} {number(value)}", highlight=False)
 
 
 def inspected(seen: dict[str, Any], console: Console) -> None:

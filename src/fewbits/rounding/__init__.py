@@ -8,7 +8,7 @@ from fewbits.rounding.adaround import (
     rounding_penalty,
     temperature,
 )
-from fewbits.rounding.gptq import Solution, decode_columns, gptq
+from fewbits.rounding.gptq import Solution, decode_columns, gptq, spread_columns
 from fewbits.rounding.hessian import HessianAccumulator, conv_patches
 from fewbits.rounding.matrix import matrix_weight, row_params, weight_matrix
 from fewbits.rounding.nearest import nearest
@@ -27,6 +27,7 @@ __all__ = [
     "rectified_sigmoid",
     "rounding_penalty",
     "row_params",
+    "spread_columns",
     "temperature",
     "weight_matrix",
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
-from fewbits.formats import Granularity, Params, Uniform, expand_params
+from fewbits.formats import ChannelBits, Granularity, Params, Uniform, expand_params
 
 GAMMA, ZETA = -0.1, 1.1  # stretch limits of the sigmoid: h reaches 0 and 1 at finite alpha, with zero gradient beyond
 
@@ -66,10 +66,10 @@ def temperature(
 class LearnedRounding(nn.Module):
     """One rounding variable per weight on a fixed uniform grid.
 
-    weight: float weight of any shape and float dtype. params: the grid (`scale`, `zero_point`), of the
-    granularity's param shape; it is not learned and never re-estimated. `alpha` (float32, shape of the weight) is the
-    only parameter. At construction the soft weight equals the float weight wherever that lies inside the grid's
-    clipping range.
+    weight: float weight of any shape and float dtype. params: the grid (`scale`, `zero_point`, of a `ChannelBits`
+    format also `bits`), of the granularity's param shape; it is not learned and never re-estimated. `alpha` (float32,
+    shape of the weight) is the only parameter. At construction the soft weight equals the float weight wherever that
+    lies inside the grid's clipping range.
 
     `forward()` gives the soft weight while `soft` is true, else the hard one; both float32.
     Raises FewbitsError where a scale is not positive and finite (a bad grid is never clamped silently).
@@ -79,11 +79,13 @@ class LearnedRounding(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, weight: Tensor, fmt: Uniform, params: Params, granularity: Granularity) -> None:
+    def __init__(
+        self, weight: Tensor, fmt: Uniform | ChannelBits, params: Params, granularity: Granularity
+    ) -> None:
         super().__init__()
         # The variables decide the rounding; whatever mode the format rounds by plays no part, and grid values must stay
         # put.
-        self.format = dataclasses.replace(fmt, rounding="half_even")
+        self.format = dataclasses.replace(fmt, rounding="half_even") if isinstance(fmt, Uniform) else fmt
         self.soft = True
         weight = weight.detach().float()
         spread = expand_params(fmt, granularity, {k: v.detach().float() for k, v in params.items()}, weight.shape)
@@ -96,9 +98,11 @@ class LearnedRounding(nn.Module):
         # Working state, rebuilt from weight and grid: it does not belong in a state_dict.
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("zero_point", zero, persistent=False)
+        if "bits" in spread:
+            self.register_buffer("bits", spread["bits"], persistent=False)
         position = weight / scale
         # Where the zero point is added before rounding it may move the lattice: the fraction is taken after the shift.
-        self._shift_first = fmt.order == "shift_then_round"
+        self._shift_first = not isinstance(fmt, Uniform) or fmt.order == "shift_then_round"
         if self._shift_first:
             position = position + zero
         self.register_buffer("low", position.floor(), persistent=False)
@@ -135,7 +139,8 @@ class LearnedRounding(nn.Module):
 
     def _weight(self, up: Tensor) -> Tensor:
         code = self.low + up if self._shift_first else self.low + up + self.zero_point
-        return (code.clamp(self.format.q_min, self.format.q_max) - self.zero_point) * self.scale
+        low, high = self.format.code_bounds(self._params())
+        return (code.clamp(low, high) - self.zero_point) * self.scale  # type: ignore[arg-type]
 
 
 class RoundingRegulariser:

@@ -1,11 +1,14 @@
 """The blocked Cholesky column solver: round one input column, let the columns still to come absorb its error.
 
 GPTQ (Frantar et al., ICLR 2023), algorithm 1 and section 3.3. All rows share one column order, so the inverse Hessians
-that greedy OBQ downdates row by row are the rows of a single triangular factor U with U^T U = H^-1.
+that greedy OBQ downdates row by row are the rows of a single triangular factor U with U^T U = H^-1. Columns may be
+kept in full precision at the end of that order, where they take up the error of all others (OWQ, Lee et al., AAAI
+2024).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -26,11 +29,12 @@ class Solution(NamedTuple):
     """What the solver found; columns are in the order of the weight that came in.
 
     weight: float32 [out, in] ([batch, out, in]), every entry on its row's or group's grid:
-        `weight == decode_columns(fmt, codes, params, group_index)` exactly.
-    codes: integers, shape of the weight.
+        `weight == decode_columns(fmt, codes, params, group_index)` exactly. Kept columns hold real values instead: the
+        original ones plus what they took up of the error of the others.
+    codes: integers, shape of the weight; of kept columns the code nearest to zero.
     params: shape [..., out, 1], with groups [..., out, groups]; given params as they came.
     group_index: int64 [..., in], the group of every column, or None without groups. It is j // group_size unless
-        act-order runs with dynamic groups, where a group holds columns that were processed together.
+        act-order or kept columns meet dynamic groups, where a group holds columns that were processed together.
     loss: [] ([batch]), sum of (w - q)^2 / (2 d^2): half of trace((W-Q) H_damped (W-Q)^T) where no column is dead.
     damping: float64 [] ([batch]), the relative damping that worked (larger than asked where a factorisation failed).
     no_data: bool [] ([batch]), H was all zero: plain round-to-nearest of the weight, loss 0.
@@ -56,8 +60,10 @@ def gptq(
     block_size: int = 128,
     damping: float = 0.01,
     act_order: bool = False,
+    order_by: Tensor | None = None,
     static_groups: bool = False,
     stale_groups: bool = True,
+    kept: Tensor | None = None,
     params: Params | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Solution:
@@ -72,13 +78,16 @@ def gptq(
     block_size: columns per lazy batch update; only speed depends on it, unless stale dynamic groups are used.
     damping: added to the diagonal as a share of its mean (0.01). Where the factorisation fails it grows tenfold per
         retry.
-    act_order: process columns by descending diagonal of H. static_groups: fit all groups on the incoming weight, by
+    act_order: process columns by descending diagonal of H, or by descending `order_by` ([in] or [batch, in]).
+    kept: int64 [k], columns that are never rounded, the same in a whole batch. They come last in the order and take no
+        part in fitting a grid; with dynamic groups, groups are made of the other columns.
+    static_groups: fit all groups on the incoming weight, by
         original column. Otherwise a group is fitted when the sweep reaches it: with stale_groups on the weights as
         of the start of the block (the published code), else on the fully updated weights.
     dtype: arithmetic of the sweep, float32 (published) or float64.
 
-    Dead inputs (zero diagonal) get weight 0 before groups are fitted; per-row grids are fitted before that, as
-    published. Raises FewbitsError on wrong shapes, NaN or infinity, or an H no damping can repair.
+    Dead inputs (zero diagonal) get weight 0, unless kept, before groups are fitted; per-row grids are fitted before
+    that, as published. Raises FewbitsError on wrong shapes, NaN or infinity, or an H no damping can repair.
     """
     w, h = _checked(weight, hessian, dtype)
     if group_size is not None and group_size < 1:
@@ -87,7 +96,10 @@ def gptq(
         raise FewbitsError(f"gptq: block_size={block_size}, damping={damping}; need block_size >= 1 and damping >= 0")
     batch, out, columns = w.shape
     lead = (batch, out) if weight.ndim == 3 else (out,)
-    grid = _Grid(fmt, range_, group_size, columns)
+    free = torch.ones(columns, dtype=torch.bool, device=w.device)
+    last = _checked_kept(kept, columns, w.device)
+    free[last] = False
+    grid = _Grid(fmt, range_, group_size, columns, free)
     if params is not None:
         grid.use(params, lead)
     elif group_size is None:
@@ -97,20 +109,20 @@ def gptq(
     dead = diagonal == 0
     no_data = dead.all(-1)
     # Without any data H becomes the identity, under which the sweep is round-to-nearest of the weight, kept as it is.
-    w.masked_fill_((dead & ~no_data[:, None])[:, None, :], 0)
+    w.masked_fill_((dead & free & ~no_data[:, None])[:, None, :], 0)
     diagonal.add_(dead)
     if params is None and group_size is not None and static_groups:
         grid.fit(w)
 
     order = back = None
-    if act_order:
-        order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    if act_order or len(last):
+        order = _order(diagonal if order_by is None else order_by, free, last, batch, act_order)
         back = order.argsort(dim=-1)
         w = w.gather(2, order[:, None, :].expand_as(w))
         h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
     with full_float32(w.device):
         u, used = inverse_factor(h, damping)
-        q, codes, loss = _sweep(w, u, grid, order, block_size, stale_groups)
+        q, codes, loss = _sweep(w, u, grid, order, block_size, stale_groups, columns - len(last))
     group_index = grid.group_index(back, batch, w.device)
     if back is not None:
         index = back[:, None, :].expand(batch, out, columns)
@@ -125,17 +137,22 @@ def gptq(
 
 def decode_columns(fmt: Format, codes: Tensor, params: Params, group_index: Tensor | None) -> Tensor:
     """The weight that a `Solution`'s codes stand for, float32, shape of the codes."""
+    return fmt.decode(codes, spread_columns(fmt, params, group_index, codes.shape))
+
+
+def spread_columns(fmt: Format, params: Params, group_index: Tensor | None, shape: Sequence[int]) -> Params:
+    """A `Solution`'s params so that they broadcast against its codes, of `shape`."""
     spread = {}
     for spec in fmt.param_specs():
         value = params[spec.name]
         if _is_whole(value, spec):
-            spread[spec.name] = PerTensor().expand(value, codes.shape)
+            spread[spec.name] = PerTensor().expand(value, shape)
         elif group_index is None:
             spread[spec.name] = value
         else:
-            index = group_index.unsqueeze(-2).expand(codes.shape)
+            index = group_index.unsqueeze(-2).expand(tuple(shape))
             spread[spec.name] = value.gather(-1, index.expand(*value.shape[:-1], -1))
-    return fmt.decode(codes, spread)
+    return spread
 
 
 def inverse_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -187,24 +204,51 @@ def _checked(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return (w, h) if weight.ndim == 3 else (w[None], h[None])
 
 
+def _checked_kept(kept: Tensor | None, columns: int, device: torch.device) -> Tensor:
+    """Indices of the kept columns, int64 [k], empty where there are none."""
+    if kept is None:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    last = kept.detach().to(device=device, dtype=torch.int64)
+    inside = last.ndim == 1 and (not len(last) or (int(last.min()) >= 0 and int(last.max()) < columns))
+    if not inside or len(last.unique()) != len(last):
+        raise FewbitsError(f"gptq: kept columns must be distinct indices of {columns} columns, got {kept.tolist()}")
+    return last
+
+
+def _order(by: Tensor, free: Tensor, last: Tensor, batch: int, sort: bool) -> Tensor:
+    """The columns in the order they are processed in [batch, in]: those that are rounded, then the kept ones."""
+    columns = len(free)
+    if by.shape not in ((columns,), (batch, columns)):
+        raise FewbitsError(f"gptq: order_by of shape {tuple(by.shape)} does not rank {columns} columns")
+    rest = free.nonzero().squeeze(1)
+    first = rest.expand(batch, -1)
+    if sort:
+        ranks = by.detach().to(free.device).expand(batch, -1)[:, rest]
+        first = rest[ranks.argsort(dim=-1, descending=True, stable=True)]
+    return torch.cat([first, last.expand(batch, -1)], 1)
+
+
 def _sweep(
-    w: Tensor, u: Tensor, grid: _Grid, order: Tensor | None, block_size: int, stale: bool
+    w: Tensor, u: Tensor, grid: _Grid, order: Tensor | None, block_size: int, stale: bool, stop_at: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Round all columns of w [batch, out, in] in order; dequantized and codes [batch, out, in], loss [batch]."""
+    """Round the first `stop_at` columns of w [batch, out, in] in order; the others only take up error.
+
+    Returns dequantized values and codes [batch, out, in] and the loss [batch].
+    """
     batch, out, columns = w.shape
     # Columns are the unit of work: laid out as rows, each is one contiguous run over all output rows.
     w = w.transpose(1, 2).contiguous()
     rounded: list[Tensor] = []
     codes: list[Tensor] = []
     loss = w.new_zeros(batch)
-    for start in range(0, columns, block_size):
-        end = min(start + block_size, columns)
+    for start in range(0, stop_at, block_size):
+        end = min(start + block_size, stop_at)
         block = w[:, start:end].clone()
         errors = torch.empty_like(block)
         for i in range(end - start):
             at = start + i
             if grid.starts_group(at):
-                stop = at + grid.width
+                stop = min(at + grid.width, stop_at)
                 if stale:
                     fresh = w[:, at:stop]
                 else:
@@ -223,6 +267,12 @@ def _sweep(
             codes.append(code)
         loss += errors.square().sum((1, 2)) / 2
         w[:, end:].baddbmm_(u[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
+    if grid.table is None and not grid.grown:  # every column is kept
+        grid.grow(w.new_zeros(batch, out, 1))
+    for at in range(stop_at, columns):
+        column = w[:, at].reshape(-1, 1)
+        rounded.append(column)
+        codes.append(grid.fmt.encode(torch.zeros_like(column), grid.column(at, order, out)))
     return torch.cat(rounded, 1).view(batch, out, columns), torch.cat(codes, 1).view(batch, out, columns), loss
 
 
@@ -235,14 +285,15 @@ class _Grid:
     """Which grid a column is rounded on. The rows of all batch entries are stacked: [batch * out] of them.
 
     `table` holds grids known before the sweep, [..., rows, groups] per parameter (or one for the whole weight); `grown`
-    those fitted during it, one [..., rows, 1] per group in processing order.
+    those fitted during it, one [..., rows, 1] per group in processing order. `free` tells the columns that are rounded.
     """
 
-    def __init__(self, fmt: Format, range_: Range | None, width: int | None, columns: int) -> None:
+    def __init__(self, fmt: Format, range_: Range | None, width: int | None, columns: int, free: Tensor) -> None:
         self.fmt, self.range = fmt, range_
         self.width = width or columns
         self.grouped = width is not None
         self.columns = columns
+        self.free = free
         self.table: Params | None = None
         self.grown: list[Params] = []
 
@@ -263,8 +314,14 @@ class _Grid:
         self.table = table
 
     def fit(self, w: Tensor) -> None:
-        """Fit every group on w [batch, out, in] now."""
-        self.table = self._join([self._fit(part) for part in w.split(self.width, dim=2)])
+        """Fit every group on the columns of w [batch, out, in] that are rounded, now."""
+        parts = zip(w.split(self.width, dim=2), self.free.split(self.width), strict=True)
+        self.table = self._join(
+            [
+                self._fit(part[:, :, free] if bool(free.any()) else torch.zeros_like(part[:, :, :1]))
+                for part, free in parts
+            ]
+        )
 
     def starts_group(self, at: int) -> bool:
         return self.table is None and at % self.width == 0
@@ -300,7 +357,8 @@ class _Grid:
         places = torch.arange(self.columns, device=device).expand(batch, -1)
         if back is not None and self.table is None:
             places = back
-        return places // self.width
+        groups = places // self.width
+        return groups if self.table is not None else groups.clamp_max(len(self.grown) - 1)
 
     def stored(self, lead: tuple[int, ...]) -> Params:
         """Params with the rows unstacked: [..., out, groups] or [..., batch, out, groups]."""

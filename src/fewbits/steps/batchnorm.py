@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fewbits.engine.context import ModelContext
 from fewbits.graph import operands
+from fewbits.graph.moments import norm_statistics
 from fewbits.graph.types import Call, Graph, Ref, Site
+from fewbits.graph.weights import bias_parameter
 from fewbits.recipe import Step
 from fewbits.transforms.fold import fold_batch_norm
 
@@ -20,7 +22,7 @@ class FoldBatchNorm(Step):
     """Move each batch norm's scale into the convolution or linear that alone feeds it.
 
     The norm stays in place, reduced to adding a constant, so the model keeps its modules and `state_dict` keys. Norms
-    with other inputs are left as they are.
+    with other inputs are left as they are. What the norms say about their outputs is kept in the run (`norms`).
     """
 
     part: ClassVar[str] = "transform"
@@ -28,34 +30,36 @@ class FoldBatchNorm(Step):
     stage: ClassVar[int] = 0
 
     def apply(self, unit: ModelContext) -> None:
+        for value, statistics in norm_statistics(unit.graph, unit.model).items():
+            unit.run.norms.setdefault(value, statistics)
         for site, norm in foldable(unit.graph):
-            layer = unit.graph.calls[site.call]
-            names = {
-                slot: _parameter_name(unit.graph, norm, slot)
-                for slot in ("running_mean", "running_var", "weight", "bias")
-            }
-            mean_name, var_name = names["running_mean"], names["running_var"]
-            if mean_name is None or var_name is None or norm.kwargs.get("training"):
-                continue
-            held = {
-                slot: None if name is None else operands.parameter(unit.model, name) for slot, name in names.items()
-            }
-            eps = norm.kwargs.get("eps", norm.args[7] if len(norm.args) > 7 else 1e-5)
-            bias_name = _parameter_name(unit.graph, layer, "bias")
-            bias = None if bias_name is None else operands.parameter(unit.model, bias_name)
-            weight = operands.operand(unit.model, site)
-            mean, var = held["running_mean"], held["running_var"]
-            assert mean is not None and var is not None
-            folded = fold_batch_norm(
-                weight, bias, mean, var, held["weight"], held["bias"], float(eps),
-                groups=site.groups, transposed=site.layout == "io_conv",
-            )  # fmt: skip
-            _copy(weight, folded.weight)
-            _copy(bias, folded.bias)
-            _copy(held["weight"], folded.norm_weight)
-            _copy(held["bias"], folded.norm_bias)
-            _copy(mean, folded.norm_mean)
-            _copy(var, folded.norm_var)
+            fold_norm(unit, site, norm)
+
+
+def fold_norm(context: ModelContext, site: Site, norm: Call) -> None:
+    """Move the scale that a batch norm has now into the layer before it.
+
+    Folding again takes up what was multiplied on since.
+    """
+    graph, model = context.graph, context.model
+    layer = graph.calls[site.call]
+    names = {slot: graph.stored_in(norm, slot) for slot in ("running_mean", "running_var", "weight", "bias")}
+    held = {slot: None if name is None else operands.parameter(model, name) for slot, name in names.items()}
+    eps = norm.kwargs.get("eps", norm.args[7] if len(norm.args) > 7 else 1e-5)
+    bias = bias_parameter(model, graph, layer)
+    weight = operands.operand(model, site)
+    mean, var = held["running_mean"], held["running_var"]
+    assert mean is not None and var is not None
+    folded = fold_batch_norm(
+        weight, bias, mean, var, held["weight"], held["bias"], float(eps),
+        groups=site.groups, transposed=site.layout == "io_conv",
+    )  # fmt: skip
+    _copy(weight, folded.weight)
+    _copy(bias, folded.bias)
+    _copy(held["weight"], folded.norm_weight)
+    _copy(held["bias"], folded.norm_bias)
+    _copy(mean, folded.norm_mean)
+    _copy(var, folded.norm_var)
 
 
 def foldable(graph: Graph) -> list[tuple[Site, Call]]:
@@ -68,7 +72,7 @@ def foldable(graph: Graph) -> list[tuple[Site, Call]]:
     found: list[tuple[Site, Call]] = []
     for call in graph.calls:
         source = call.bound.get("input")
-        if call.op != "batch_norm" or not isinstance(source, Ref):
+        if call.op != "batch_norm" or not isinstance(source, Ref) or not _fixed(graph, call):
             continue
         made = graph.values[source.value].call
         if made is None or made not in weights or len(graph.consumers.get(source.value, ())) != 1:
@@ -80,9 +84,10 @@ def foldable(graph: Graph) -> list[tuple[Site, Call]]:
     return found
 
 
-def _parameter_name(graph: Graph, call: Call, slot: str) -> str | None:
-    ref = call.bound.get(slot)
-    return graph.values[ref.value].param if isinstance(ref, Ref) else None
+def _fixed(graph: Graph, norm: Call) -> bool:
+    """Whether a norm works with stored statistics, not with those of its batch."""
+    training = norm.kwargs.get("training", norm.args[5] if len(norm.args) > 5 else False)
+    return not training and all(graph.stored_in(norm, slot) for slot in ("running_mean", "running_var"))
 
 
 def _copy(target: Tensor | None, value: Tensor | None) -> None:

@@ -5,41 +5,51 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from fewbits.engine.context import GlueContext, ModelContext, UnitContext
-from fewbits.engine.statistics import Bounds, Statistic, Values
+from fewbits.engine.statistics import Bounds, SampleMoments, Statistic, Values
 from fewbits.graph.types import Site
 from fewbits.quantizer import Quantizer
-from fewbits.ranges import AbsMax, MinMax
+from fewbits.ranges import AbsMax, Analytic, LayerSearch, MinMax
 from fewbits.recipe import Step
 
 
 def calibrate_sites(
-    context: ModelContext, samples: int, gather: Callable[[dict[str, Iterable[Statistic]]], None]
+    context: ModelContext,
+    samples: int,
+    gather: Callable[[dict[str, Iterable[Statistic]]], None],
+    sites: Iterable[Site] | None = None,
 ) -> None:
-    """Put quantizers at the context's activation sites, fitted to what `gather` sees there.
+    """Put quantizers at the context's activation sites, or the given ones, fitted to what `gather` sees there.
 
-    Ranges that need only minimum and maximum see all the data; others the values of the first `samples` samples.
+    Ranges that need only minimum and maximum, or moments, see all the data; others the values of the first `samples`
+    samples.
     """
     static: list[tuple[Site, Quantizer, Statistic]] = []
-    for site in context.activations():
+    for site in context.activations() if sites is None else sites:
         spec = context.spec(site)
         assert spec is not None
         quantizer = Quantizer(spec, site.name)
         if spec.dynamic:
             context.set_quantizer(site, quantizer)
-            continue
-        whole = isinstance(spec.range, (MinMax, AbsMax))
-        static.append((site, quantizer, Bounds(spec.granularity) if whole else Values(samples)))
+        elif isinstance(spec.range, (MinMax, AbsMax, LayerSearch)):
+            static.append((site, quantizer, Bounds(spec.granularity)))
+        elif isinstance(spec.range, Analytic):
+            static.append((site, quantizer, SampleMoments(spec.granularity)))
+        else:
+            static.append((site, quantizer, Values(samples)))
     if static:
         gather({site.name: [statistic] for site, _, statistic in static})
     for site, quantizer, statistic in static:
+        range_, fmt = quantizer.spec.range, quantizer.spec.format
         if isinstance(statistic, Bounds):
-            lo, hi = statistic.value()
-            quantizer.set_params(quantizer.spec.range.fit_bounds(lo, hi, quantizer.spec.format))
+            quantizer.set_params(range_.fit_bounds(*statistic.value(), fmt))
+        elif isinstance(statistic, SampleMoments):
+            assert isinstance(range_, Analytic)
+            quantizer.set_params(range_.fit_moments(statistic.value(), fmt))
         else:
             quantizer.calibrate(statistic.value())
         context.set_quantizer(site, quantizer)
@@ -64,20 +74,30 @@ class _Calibration(Step):
 
 @dataclass(frozen=True)
 class CalibrateActivations(_Calibration):
-    """Parameters from what each site carries when the unit runs in floating point on the regime's stream.
+    """Parameters from what each site carries when the unit runs in floating point on the regime's stream, or on that of
+    the float model.
 
-    Ranges that need only minimum and maximum see all the data; others see the values of the first `samples` samples.
-    Dynamic quantizers need no data.
+    Ranges that need only minimum and maximum, or moments, see all the data; others see the values of the first
+    `samples` samples. Dynamic quantizers need no data.
     """
 
     samples: int = 64
     late: bool = False
+    stream: Literal["prefix", "float"] = "prefix"
+
+    @property
+    def streams(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({self.stream})
 
     def apply(self, unit: UnitContext) -> None:
-        calibrate_sites(unit, self.samples, partial(unit.gather, quantized=False))
+        calibrate_sites(unit, self.samples, partial(unit.gather, stream=self._stream, quantized=False))
 
     def apply_glue(self, glue: GlueContext) -> None:
-        calibrate_sites(glue, self.samples, glue.gather)
+        calibrate_sites(glue, self.samples, partial(glue.gather, stream=self._stream))
+
+    @property
+    def _stream(self) -> str | None:
+        return None if self.stream == "prefix" else self.stream
 
 
 @dataclass(frozen=True)

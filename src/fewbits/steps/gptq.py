@@ -5,14 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from fewbits.engine.context import UnitContext
 from fewbits.engine.statistics import Hessian
 from fewbits.errors import FewbitsError
-from fewbits.formats import PerGroup
+from fewbits.formats import Params, PerBlock, PerGroup, expand_params
 from fewbits.graph.types import Graph, Site, Unit
+from fewbits.outliers.parts import Columns
+from fewbits.quantizer import Quantizer
 from fewbits.recipe import Step
 from fewbits.rounding.gptq import gptq
-from fewbits.steps.nearest import round_nearest
+from fewbits.steps.nearest import fitted, round_nearest
+
+
+def fixed_grid(quantizer: Quantizer, weight: Tensor) -> tuple[Params, int | None]:
+    """A weight quantizer's parameters as the solver takes them, and the columns in a group (None: all).
+
+    weight: [out, in], or [groups, out, in] of a grouped convolution. Parameters of one value stay so; others become
+    [(groups,) out, column groups].
+    """
+    fmt, granularity = quantizer.spec.format, quantizer.spec.granularity
+    matrix = weight.flatten(0, -2)
+    size = granularity.size if isinstance(granularity, PerGroup) else None
+    if isinstance(granularity, PerBlock) and granularity.columns > 1:
+        size = matrix.shape[1] // granularity.columns
+    spread = expand_params(fmt, granularity, quantizer.params, matrix.shape)
+    rows = {
+        name: value
+        if quantizer.params[name].dim() == 0
+        else value.expand(matrix.shape)[:, :: size or matrix.shape[1]].unflatten(0, weight.shape[:-1])
+        for name, value in spread.items()
+    }
+    return rows, size
 
 
 @dataclass(frozen=True)
@@ -37,14 +63,18 @@ class ColumnSolver(Step):
         sites = unit.weights()
         solvable: list[Site] = []
         for site in sites:
-            call = unit.graph.calls[site.call]
-            if call.op.partition("@")[0] in ("linear", "addmm", "matmul", "conv1d", "conv2d", "conv3d"):
+            if self.solvable(unit, site):
                 solvable.append(site)
             else:
-                unit.note(f"{site.name}: {call.op} has no column Hessian, rounded to nearest")
+                unit.note(f"{site.name}: {unit.graph.calls[site.call].op} has no column Hessian, rounded to nearest")
                 round_nearest(unit, site)
         for group in self._sets(unit, solvable):
             self._solve(unit, group)
+
+    def solvable(self, unit: UnitContext, site: Site) -> bool:
+        """Whether the weight's columns multiply the columns of an input, so that it has a Hessian."""
+        op = unit.graph.calls[site.call].op.partition("@")[0]
+        return op in ("linear", "addmm", "matmul", "conv1d", "conv2d", "conv3d")
 
     def _sets(self, unit: UnitContext, sites: list[Site]) -> list[list[Site]]:
         if unit.recipe.calibration.regime != "true_sequential":
@@ -58,49 +88,70 @@ class ColumnSolver(Step):
         hessians = {site.name: Hessian(site, unit.graph.calls[site.call], unit.device) for site in sites}
         unit.gather({unit.input_of(site).name: [hessians[site.name]] for site in sites})
         for site in sites:
-            spec = unit.spec(site)
-            assert spec is not None
-            size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else None
-            weight = unit.weight(site)
             hessian = hessians[site.name].value()
+            weight = unit.weight(site)
             if hessian.dim() == 3:  # a grouped convolution: one problem per group, all at once
                 weight = weight.unflatten(0, (hessian.shape[0], -1))
-            try:
-                solution = gptq(
-                    weight,
-                    hessian,
-                    spec.format,
-                    spec.range,
-                    group_size=size,
-                    block_size=self.block_size,
-                    damping=self.damping,
-                    act_order=self.act_order,
-                    static_groups=self.static_groups,
-                    stale_groups=self.stale_groups,
-                )
-            except FewbitsError as error:
-                raise FewbitsError(f"{site.name}: {error}") from error
-            codes, params, index = solution.codes, solution.params, solution.group_index
-            if hessian.dim() == 3:
-                codes = codes.flatten(0, 1)
-                params = {name: value.flatten(0, 1) for name, value in params.items()}
-                if index is not None and self.act_order and not self.static_groups:
+            self._commit(unit, site, weight, hessian)
+
+    def kept(self, unit: UnitContext, site: Site, weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Columns to keep in full precision, int64 [k], and what act-order sorts by [columns] (None: H's diagonal)."""
+        return torch.empty(0, dtype=torch.int64), None
+
+    def _commit(self, unit: UnitContext, site: Site, weight: Tensor, hessian: Tensor) -> None:
+        """Solve one weight [out, in], or [groups, out, in] with one Hessian each, and commit it."""
+        spec = unit.spec(site)
+        assert spec is not None
+        held = fitted(unit, site) if spec.range.at_output else None
+        size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else None
+        grid = None
+        if held is not None:
+            grid, size = fixed_grid(held, weight)
+        try:
+            kept, order_by = self.kept(unit, site, weight, hessian)
+            solution = gptq(
+                weight,
+                hessian,
+                spec.format,
+                spec.range,
+                params=grid,
+                group_size=size,
+                block_size=self.block_size,
+                damping=self.damping,
+                act_order=self.act_order,
+                order_by=order_by,
+                static_groups=self.static_groups,
+                stale_groups=self.stale_groups,
+                kept=kept,
+            )
+        except FewbitsError as error:
+            raise FewbitsError(f"{site.name}: {error}") from error
+        codes, params, rounded = solution.codes, solution.params, solution.weight
+        index = solution.group_index
+        if held is not None or self.static_groups or not (self.act_order or len(kept)):
+            index = None  # contiguous groups need no table
+        if weight.dim() == 3:
+            codes, rounded = codes.flatten(0, 1), rounded.flatten(0, 1)
+            params = {name: value.flatten(-3, -2) if value.dim() > 2 else value for name, value in params.items()}
+            if index is not None:
+                if not bool((index == index[0]).all()):
                     raise FewbitsError(
                         f"{site.name}: act-order with dynamic groups is not possible on a grouped convolution; "
                         "use static_groups"
                     )
-                index = None
-            if not (self.act_order and not self.static_groups):
-                index = None  # contiguous groups need no table
-            unit.quantize_weight(site, codes, params, index)
-            if bool(solution.no_data.all()):
-                unit.note(f"{site.name}: no calibration data reached it, rounded to nearest")
-            elif bool(solution.no_data.any()):
-                dead, of = int(solution.no_data.sum()), solution.no_data.numel()
-                unit.note(f"{site.name}: {dead} of {of} groups read only zeros and are rounded to nearest")
-            worst = float(solution.damping.max())
-            if worst > self.damping * 1.5:
-                unit.note(f"{site.name}: damping raised to {worst:g} for the Hessian to factorise")
+                index = index[0]
+        if held is not None:
+            params = held.params
+        parts = [Columns(kept.cpu(), rounded[:, kept].float().cpu())] if len(kept) else []
+        unit.quantize_weight(site, codes, params, index, parts)
+        if bool(solution.no_data.all()):
+            unit.note(f"{site.name}: no calibration data reached it, rounded to nearest")
+        elif bool(solution.no_data.any()):
+            dead, of = int(solution.no_data.sum()), solution.no_data.numel()
+            unit.note(f"{site.name}: {dead} of {of} groups read only zeros and are rounded to nearest")
+        worst = float(solution.damping.max())
+        if worst > self.damping * 1.5:
+            unit.note(f"{site.name}: damping raised to {worst:g} for the Hessian to factorise")
 
     def statistics_bytes(self, graph: Graph, unit: Unit) -> int:
         total = 0

@@ -11,14 +11,26 @@ from fewbits.quantizer import Quantizer
 from fewbits.recipe import Step
 
 
-def round_nearest(unit: UnitContext, site: Site) -> None:
-    """Fit the scheme's range to the weight as it is now and commit the nearest codes."""
+def fitted(unit: UnitContext, site: Site) -> Quantizer:
+    """The scheme's quantizer for a weight, with parameters.
+
+    They are those that a step found at the layer's output, where the scheme says so; else the range is fitted to the
+    weight as it is now.
+    """
     spec = unit.spec(site)
     assert spec is not None
+    held = unit.quantizer(site)
+    if spec.range.at_output and held is not None and held.spec == spec and held.ready:
+        return held
     quantizer = Quantizer(spec, site.name)
-    weight = unit.weight(site)
-    quantizer.calibrate(weight)
-    unit.quantize_weight(site, quantizer.encode(weight), quantizer.params)
+    quantizer.calibrate(unit.weight(site))
+    return quantizer
+
+
+def round_nearest(unit: UnitContext, site: Site) -> None:
+    """Commit a weight's nearest codes on the grid of `fitted`."""
+    quantizer = fitted(unit, site)
+    unit.quantize_weight(site, quantizer.encode(unit.weight(site)), quantizer.params)
 
 
 @dataclass(frozen=True)

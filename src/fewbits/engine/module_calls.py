@@ -1,0 +1,85 @@
+"""The calls of one module inside a unit, kept so that the module can be run again and again on what it really gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fewbits.engine.gradients import first_output
+from fewbits.engine.tree import Tree, map_tensors
+from fewbits.errors import FewbitsError
+
+if TYPE_CHECKING:
+    from fewbits.engine.context import UnitContext
+
+
+class ModuleCalls:
+    """(args, kwargs, output) of every call of a module, in order; iterate as often as needed."""
+
+    def __init__(self, unit: UnitContext, path: str, count: int) -> None:
+        self._unit = unit
+        self.path = path
+        self._count = count
+        self.module: nn.Module = unit.model.get_submodule(path)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Tree]]:
+        for number in range(self._count):
+            args, kwargs, output = self._unit.run.store.get(("module", self.path, number))
+            if self._unit.writes_in_place:
+                args, kwargs = map_tensors(torch.clone, (args, kwargs))
+            yield args, kwargs, output
+
+    @torch.no_grad()
+    def squared_error(self) -> float:
+        """Mean squared difference between the module's first output as it is now and as it was recorded."""
+        total, elements = 0.0, 0
+        for args, kwargs, output in self:
+            difference = first_output(self.module(*args, **kwargs)).float() - first_output(output).float()
+            total += float(difference.double().square().sum())
+            elements += difference.numel()
+        return total / max(elements, 1)
+
+
+@contextmanager
+def module_calls(unit: UnitContext, path: str, stream: str) -> Iterator[ModuleCalls]:
+    """The calls of a module of the unit while the unit runs in floating point on a stream's cached inputs.
+
+    They lie in the run's activation store, under its budget, while the context lasts, in which no quantizer acts.
+    """
+    module, store = unit.model.get_submodule(path), unit.run.store
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    count = 0
+
+    def starts(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.append(map_tensors(torch.clone, (args, kwargs)) if unit.writes_in_place else (args, kwargs))
+
+    def ends(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tree) -> None:
+        nonlocal count
+        held = map_tensors(torch.clone, output) if unit.writes_in_place else output
+        store.put(("module", path, count), (*given.pop(), held))
+        count += 1
+
+    try:
+        with unit.attachment.disabled(), torch.no_grad():
+            handles = [
+                module.register_forward_pre_hook(starts, with_kwargs=True),
+                module.register_forward_hook(ends, with_kwargs=True),
+            ]
+            try:
+                for _, args, kwargs in unit.batches(stream):
+                    unit.forward(args, kwargs)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            if not count:
+                raise FewbitsError(f"{path} did not run on the calibration data")
+            yield ModuleCalls(unit, path, count)
+    finally:
+        store.drop_where("module", path)

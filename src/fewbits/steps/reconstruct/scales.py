@@ -1,0 +1,98 @@
+"""BRECQ's second stage: step sizes of activation quantizers behind final weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fewbits.engine.context import UnitContext
+from fewbits.errors import FewbitsError
+from fewbits.formats import ChannelBits, Uniform
+from fewbits.graph.types import Site
+from fewbits.quantizer import Quantizer
+from fewbits.recipe import Step
+from fewbits.reconstruction.loop import Group
+from fewbits.reconstruction.sampling import without_replacement
+from fewbits.steps.reconstruct.comparison import Comparison, optimise
+
+
+def learnable(unit: UnitContext, sites: Sequence[Site]) -> list[Quantizer]:
+    """The static quantizers at activation sites whose step can be learned; others on a grid of their own are noted."""
+    found: list[Quantizer] = []
+    for site in sites:
+        quantizer = unit.quantizer(site)
+        if quantizer is None or quantizer.spec.dynamic:
+            continue
+        if isinstance(quantizer.spec.format, (Uniform, ChannelBits)):
+            found.append(quantizer)
+        else:
+            unit.note(f"{site.name}: the {quantizer.spec.format.kind} grid keeps its calibrated parameters")
+    return found
+
+
+@dataclass(frozen=True)
+class LearnSteps(Step):
+    """Tune the step sizes of a unit's static activation quantizers, weights final (BRECQ's second stage).
+
+    `stream`: "float" feeds the unit the float prefix, as BRECQ's released code does; "quantized" what really arrives.
+    No scale falls below `floor` times where it started (our choice; the released code has no bound).
+    """
+
+    iterations: int = 5_000
+    batch: int = 32
+    lr: float = 4e-4
+    p: float = 2.4
+    stream: Literal["float", "quantized"] = "float"
+    floor: float = 0.1
+
+    part: ClassVar[str] = "tuning"
+    stage: ClassVar[int] = 50
+    new_sweep: ClassVar[bool] = True
+    gradients: ClassVar[bool] = True
+
+    @property
+    def streams(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"float", self.stream})
+
+    def apply(self, unit: UnitContext) -> None:
+        learned = learnable(unit, unit.activations())
+        if not learned:
+            return
+        inputs, targets = unit.inputs(self.stream), unit.targets()
+        parameters = [parameter for quantizer in learned for parameter in quantizer.learn(("scale",))]
+        # Adam's first steps are as long as the learning rate, whatever the size of a scale: small scales must not
+        # cross zero.
+        floors = [parameter.detach() * self.floor for parameter in parameters]
+
+        def stay_positive(step: int, loss: Tensor) -> None:
+            with torch.no_grad():
+                for parameter, floor in zip(parameters, floors, strict=True):
+                    torch.maximum(parameter, floor, out=parameter.data)
+
+        comparison = Comparison(unit)
+
+        def loss(step: int, index: Tensor) -> Tensor:
+            args, kwargs = inputs.rows(index)
+            output = comparison.values(unit.forward(args, kwargs))
+            return comparison.error(output, comparison.values(targets.rows(index)), self.p)
+
+        try:
+            optimise(
+                unit,
+                loss,
+                [Group(parameters, lr=self.lr, schedule="cosine")],
+                iterations=self.iterations,
+                sampler=without_replacement(inputs.count, min(self.batch, inputs.count), unit.generator("steps")),
+                callbacks=[stay_positive],
+            )
+        except FewbitsError as error:
+            if "does not depend" not in str(error):
+                raise
+            # The unit's quantizers sit after its output (glue of the model): nothing inside to tune.
+        finally:
+            for quantizer in learned:
+                quantizer.freeze_learned()
