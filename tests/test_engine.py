@@ -306,3 +306,22 @@ def test_glue_survives_resume(tmp_path: Path) -> None:
     again, third = held(True), held(True)
     for later in (again, third):
         assert set(first) == set(later) and all(torch.equal(first[name], later[name]) for name in first)
+
+
+def test_rows_of_a_convolution_are_taken_all_over_the_image_however_they_are_batched() -> None:
+    from fewbits.engine.statistics import Rows
+
+    # every position carries its own column number, so what is kept tells where it was taken
+    x = torch.arange(8.0).expand(16, 2, 8, 8)
+    graph = record(torch.nn.Conv2d(2, 3, 1), x[:1])
+    site = next(s for s in graph.sites.values() if s.role == "weight")
+
+    def kept(batch: int) -> torch.Tensor:
+        rows = Rows(site, graph.calls[site.call], 16, limit=64)
+        for part in x.split(batch):
+            rows.update(part, len(part))
+        return rows.value()
+
+    whole = kept(16)
+    assert whole.shape == (1, 64, 2) and torch.equal(whole, kept(4))
+    assert torch.bincount(whole[0, :, 0].long(), minlength=8).min() >= 4, "16 = 2 x 8 steps would see one column only"

@@ -1,10 +1,11 @@
-"""DFQ: equalization, absorption, statistics without data, bias correction; what the paper promises and what breaks it."""
+"""DFQ: equalization, absorption, statistics without data, bias correction: what the paper promises."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def data(count: int = 64, size: int = 12) -> list[Tensor]:
 
 
 def mobile(seed: int = 0, act: type[nn.Module] = nn.ReLU, spread: float = 0.0) -> MobileNet:
-    """Seeded, norms' statistics measured. `spread`: channels between layers differ in size by up to 10 to that power."""
+    """Seeded, norms' statistics measured. `spread`: how many powers of ten channels between layers differ in size."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MobileNet(act)
@@ -139,7 +140,7 @@ def test_one_triple_is_solved_by_one_pass_and_a_second_changes_nothing() -> None
     before = outputs(model, [torch.randn(2, 6, 12, 12)])
     transformed_chain(model)
     weights = [model[i].weight.detach().clone() for i in (0, 2, 4, 6)]
-    for one, two in zip(weights, weights[1:], strict=False):
+    for one, two in pairwise(weights):
         torch.testing.assert_close(row_ranges(one), column_ranges(two), rtol=5e-3, atol=0)
     transformed_chain(model)
     for i, weight in zip((0, 2, 4, 6), weights, strict=True):
@@ -211,8 +212,12 @@ def test_relu6_blocks_equalization_until_it_is_replaced() -> None:
     context = transformed(model, {"absorb": False})
     assert len(links(context.graph, context.graph.relations)) == 4
     assert any("run as ReLU" in note for note in context.run.notes)
-    unclipped = mobile(act=nn.ReLU, spread=1.0)
-    assert distance(outputs(model), outputs(unclipped)) < 1e-5, "the function is the ReLU network's"
+    unclipped = mobile(act=nn.ReLU6, spread=1.0)
+    for block in unclipped.blocks:
+        block[2] = block[5] = nn.ReLU()
+    assert distance(outputs(model), outputs(unclipped)) < 1e-5, (
+        "ReLU stands where two layers are equalized, not behind the stem"
+    )
     assert distance(before, outputs(unclipped)) > 1e-3, "which the clipped one's was not"
 
 
@@ -274,11 +279,11 @@ def test_propagated_moments_are_those_of_the_data() -> None:
     for step in built.model_steps():
         if step.part == "transform":
             step.apply(context)
-    sites = {name: [] for name in ("add.output", "gate.input", "mul.output", "cat.output", "last.input")}
+    sites = {name: [] for name in ("mul.lhs", "gate.input", "mul.output", "cat.output", "last.input")}
     with run.attachment.observing({name: [seen.append] for name, seen in sites.items()}), torch.no_grad():
         model(x, y)
     for name, (seen,) in sites.items():
-        found = run.moments[run.graph.sites[name].value if name.endswith("input") else _made(run, name)]
+        found = run.moments[run.graph.sites[name].value if name.endswith(("input", "lhs")) else _made(run, name)]
         channels = seen.transpose(0, 1).flatten(1)
         predicted = found.mean.expand(seen[:1].shape).transpose(0, 1).flatten(1).mean(1)
         torch.testing.assert_close(channels.mean(1).double(), predicted, rtol=0.05, atol=0.03, msg=name)
@@ -313,7 +318,7 @@ def test_activation_ranges_are_six_deviations_clipped_by_relu_and_summed_over_br
     result = quantize(model, "dfq", example=data()[0][:1], bits="W8A8", options=NAIVE, input_range=(-4.0, 4.0))
     norm = mobile().blocks[0][1]
     quantizer = result.attachment.quantizer("blocks.0.3.input")
-    top = float((norm.bias + 6 * norm.weight).max())
+    top = float((norm.bias + 6 * norm.weight).detach().max())
     assert float(quantizer.params["zero_point"]) == 0
     assert float(quantizer.params["scale"]) * 255 == pytest.approx(top, rel=1e-5)
     # the second block reads relu(stem) + projection: independent normals
@@ -323,7 +328,7 @@ def test_activation_ranges_are_six_deviations_clipped_by_relu_and_summed_over_br
     low = mean + projection.bias - torch.hypot(mean, 6 * projection.weight.double())
     high = mean + projection.bias + torch.hypot(stem.bias + 6 * stem.weight - mean, 6 * projection.weight.double())
     held = result.attachment.quantizer("blocks.1.0.input").params
-    span = float(high.max() - low.min())
+    span = float((high.max() - low.min()).detach())
     assert float(held["scale"]) * 255 == pytest.approx(span, rel=1e-4)
     assert float(result.attachment.quantizer("stem.0.input").params["scale"]) * 255 == pytest.approx(8.0)
 
@@ -355,7 +360,7 @@ def test_absorbed_biases_leave_the_function_and_shrink_the_ranges(act: type[nn.M
     model.eval()
     before = outputs(model)
     context = transformed(model, {"equalize": False})
-    assert distance(outputs(model), before) < 1e-4
+    assert distance(outputs(model), before) < (2e-2 if act is nn.ReLU else 1e-5)  # 0.135 % of the values were below c
     beta, _ = context.run.norms[_made(context.run, "1.output")]
     if act is nn.ReLU:
         torch.testing.assert_close(beta[[0, 2, 4]], torch.tensor([3.0, 0.0, 3.0], dtype=torch.float64))
@@ -466,7 +471,7 @@ def test_a_layer_that_runs_twice_is_corrected_over_both_runs() -> None:
     model = Twice().eval()
     before = model.conv.bias.detach().clone()
     result = quantize(model, "dfq", example=data()[0][:1], bits="W3A16")
-    assert not torch.equal(model.conv.bias, before) and not result.notes[1:]
+    assert not torch.equal(model.conv.bias, before) and not any("not corrected" in note for note in result.notes)
 
 
 # -- the whole recipe ------------------------------------------------------------------------------------------------

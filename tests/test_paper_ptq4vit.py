@@ -781,3 +781,18 @@ def test_expanded_candidates_match_one_by_one() -> None:
         for number, one in enumerate(many):
             params = {name: value[number] for name, value in tried.items()}
             assert torch.equal(one, on_grid(x, fmt, granularity, params))
+
+
+def test_a_saved_model_loads_to_the_same_bits(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from fewbits.hub import checkpoint
+    from test_checkpoint import _SWIN, _images, _timm
+
+    loaded = _timm("swin_tiny_patch4_window7_224", **_SWIN)
+    result = quantize(loaded.model, "ptq4vit", _images(), bits="W4A4", options=FAST)
+    checkpoint.save(tmp_path / "saved", result, loaded, {})
+    again = checkpoint.load(tmp_path / "saved").model
+    with torch.no_grad():
+        assert torch.equal(again(_images()[0]), loaded.model(_images()[0]))
+    with result.attachment.disabled(), torch.no_grad():
+        assert not torch.equal(again(_images()[0]), loaded.model(_images()[0]))

@@ -19,7 +19,7 @@ from fewbits.formats import PerChannel, PerTensor, affine
 from fewbits.formats import quantize as on_grid
 from fewbits.papers import build_recipe
 from fewbits.quantizer import Quantizer
-from fewbits.ranges import JointSearch, MinMax
+from fewbits.ranges import AbsMax, JointSearch, MinMax
 from fewbits.recipe import QSpec, Recipe
 from fewbits.reconstruction import keep_positive, lsq_factor, lsq_quantize, mixed, random_masks, scale_gradient
 from fewbits.steps.reconstruct import ReconstructDropping, dropping
@@ -218,7 +218,7 @@ def test_all_units_learn_with_two_rates_and_samples_drawn_with_replacement(runs:
         assert (scales.lr, scales.schedule) == (4e-5, "cosine")
         assert scales.lr_at(0.5) == pytest.approx(2e-5)
         index = next(iter(run["sampler"]))
-        assert len(index) == 32 and len(index.unique()) <= 4
+        assert len(index) == 32 and len(index.unique()) <= 8  # `shared` runs twice a sample
 
 
 def test_steps_are_learned_and_zero_points_are_not() -> None:
@@ -254,18 +254,18 @@ def test_with_float_inputs_and_nothing_quantized_the_unit_starts_at_its_float_ou
     runs: list[dict[str, Any]],
 ) -> None:
     """keep = 0, soft weights inside the range: the first loss is zero in every unit, also behind quantized ones."""
-    quantize(skipnet(), recipe_with("W3A2", weight_range=MinMax(), keep=0.0), images(8))
+    quantize(skipnet(), recipe_with("W3A2", weight_range=AbsMax(4.0), keep=0.0), images(8))
     assert all(float(run["history"][0]) < 1e-8 for run in runs)
     assert not all(float(run["history"][1]) < 1e-8 for run in runs), "then it moves"
     runs.clear()
-    quantize(skipnet(), recipe_with("W3A2", weight_range=MinMax(), keep=1.0), images(8))
+    quantize(skipnet(), recipe_with("W3A2", weight_range=AbsMax(4.0), keep=1.0), images(8))
     assert all(float(run["history"][0]) > 1e-6 for run in runs)
 
 
 def test_activation_quantization_takes_part_in_learning_the_weights() -> None:
     codes = []
     for keep in (0.0, 0.5, 1.0):
-        result = quantize(skipnet(), recipe_with("W2A2", iters=30, keep=keep), images(8))
+        result = quantize(skipnet(), recipe_with("W2A2", iters=12, keep=keep), images(8))
         codes.append(result.attachment.codes["down.0.conv2.weight"])
     assert not torch.equal(codes[0], codes[1]) and not torch.equal(codes[1], codes[2])
 
@@ -274,20 +274,20 @@ def test_same_seed_same_bits_other_seed_other_masks() -> None:
     found = []
     for seed in (0, 0, 1):
         model = skipnet()
-        quantize(model, recipe_with("W2A2", iters=15), images(8), seed=seed)
+        quantize(model, recipe_with("W2A2", iters=8), images(8), seed=seed)
         found.append(torch.cat([p.flatten() for p in model.parameters()]))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_block_error_falls_below_that_of_nearest_rounding() -> None:
-    data, float_model = images(32, batch=16), skipnet()
+    data, float_model = images(16, batch=16), skipnet()
     errors = {}
-    for iters in (1, 150):
+    for iters in (1, 100):
         model = skipnet()
-        quantize(model, recipe_with("W2A4", iters=iters, batch=16, candidates=40, round_weight=0.02), data)
+        quantize(model, recipe_with("W2A4", iters=iters, batch=8, candidates=40, round_weight=0.02), data)
         with torch.no_grad():
             errors[iters] = float(torch.stack([(model(x) - float_model(x)).square().mean() for x in data]).mean())
-    assert errors[150] < 0.8 * errors[1], "one step is nearest rounding"
+    assert errors[100] < 0.8 * errors[1], "one step is nearest rounding"
 
 
 # -- where quantizers sit --------------------------------------------------------------------------------------------

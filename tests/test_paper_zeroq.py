@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from fewbits.papers import build_recipe
 from fewbits.papers.zeroq import asymmetric
 from fewbits.steps.allocate import MixedPrecision, sensitivities
 from fewbits.steps.synthesize import MatchBatchNorms, batch_norm_statistics
+from golden import folder
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 FAST = {"iterations": 3, "images": 4}
@@ -456,3 +458,27 @@ def test_a_mixed_checkpoint_made_without_data_loads_to_the_same_bits(tmp_path: P
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         assert torch.equal(loaded.model(x), result.model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (os.environ.get("FEWBITS_ZOO") and os.environ.get("FEWBITS_DATA")),
+    reason="FEWBITS_ZOO or FEWBITS_DATA is not set",
+)
+def test_mixed_precision_claim_shows_on_a_trained_mobilenet() -> None:
+    """As many bits on average, chosen without any data: many points above four bits everywhere."""
+    import fewbits
+
+    zoo, data = folder("FEWBITS_ZOO"), folder("FEWBITS_DATA")
+    assert zoo is not None and data is not None
+    scores = []
+    for options in ({}, {"average_bits": 4}):
+        loaded = fewbits.load_model(str(zoo / "mobilenetv2_050"))
+        evaluation = fewbits.load_data(
+            str(data / "cifar10/test.parquet"), loaded, samples=300, purpose="evaluation", batch_size=100
+        )
+        quantize(
+            loaded.model, "zeroq", bits="W4A8", example=loaded.example_batch(1), options={**options, "iterations": 40}
+        )
+        scores.append(fewbits.evaluate(loaded, evaluation)["metrics"]["top1"])
+    assert scores[1] > scores[0] + 5, scores

@@ -18,6 +18,7 @@ from fewbits.engine.tree import Batch, Samples, Tree, map_tensors
 from fewbits.errors import FewbitsError
 from fewbits.formats import Params
 from fewbits.graph import operands
+from fewbits.graph.results import tag_results
 from fewbits.graph.types import Call, Graph, Site, Unit
 from fewbits.outliers.parts import Part
 from fewbits.quantizer import Quantizer
@@ -78,6 +79,7 @@ class ModelContext:
         first = call.bound["input"]
         call.op, call.func, call.args, call.kwargs = op, REPLACEMENTS[op], (first,), {}
         call.bound, call.inplace = {"input": first}, False
+        tag_results(self.graph, self.graph.sites)
         self.graph.forget("relations", "_propagation")
 
     def multiply(self, site: Site, factor: Tensor, axis: int = -1) -> None:

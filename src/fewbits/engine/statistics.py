@@ -284,11 +284,16 @@ class LayerInput:
         return {**given, **{name: self.call.kwargs[name] for name in names if name in self.call.kwargs}}
 
 
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples, taken modulo 1, fill the unit interval most evenly
+
+
 class Rows(Statistic):
     """Rows of a layer's input taken at even steps, float32 (groups, at least `limit` where there are as many, columns).
 
-    Of n rows every max(1, n // limit)-th is kept, as AWQ's released code does. `samples` is how many samples will come;
-    n is foretold from the first batch.
+    Of n rows every max(1, n // limit)-th is kept, as AWQ's released code does. Of a convolution's positions one in each
+    such stretch is kept, at a place that wanders from stretch to stretch: even steps through an image tend to divide
+    its width, and then see nothing but one border. `samples` is how many samples will come; n is foretold from the
+    first batch.
     """
 
     def __init__(self, site: Site, call: Call, samples: int, limit: int = 512) -> None:
@@ -296,7 +301,7 @@ class Rows(Statistic):
         self.samples, self.limit = samples, limit
         self._parts: list[Tensor] = []
         self._stride = 0
-        self._next = 0  # place of the next row to keep within the rows still to come
+        self._past = 0  # rows that came before
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -318,8 +323,15 @@ class Rows(Statistic):
             return
         if not self._stride:
             self._stride = max(1, count * self.samples // samples // self.limit)
-        self._parts.append(rows[:, self._next :: self._stride].float().clone())
-        self._next = (self._next - count) % self._stride
+        self._parts.append(rows[:, self._places(count)].float())
+        self._past += count
+
+    def _places(self, count: int) -> list[int]:
+        """Which of the next `count` rows are kept."""
+        stride, past = self._stride, self._past
+        blocks = range(past // stride, (past + count - 1) // stride + 1)
+        kept = [b * stride + (int(b * _GOLDEN % 1 * stride) if self.input.conv else 0) - past for b in blocks]
+        return [place for place in kept if 0 <= place < count]
 
     def value(self) -> Tensor:
         if not self._parts:

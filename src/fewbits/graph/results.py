@@ -14,12 +14,15 @@ from fewbits.graph.ops import ACTIVATIONS, IDENTITY, LAYOUT, MATMUL, NORMS, POOL
 from fewbits.graph.positions import sole_reader
 from fewbits.graph.types import Call, Graph, Site
 
+TAGS = frozenset("layer_result before_relu before_relu6 pooled bare_of_results feature_map".split())
 #: Ops that leave quantized values on grids: they move, drop, add or average them.
 _KEEPING = LAYOUT | IDENTITY | frozenset(POOLS) - {"interpolate"} | {"add", "cat", "pad"}
 
 
 def tag_results(graph: Graph, sites: dict[str, Site]) -> None:
-    """Add the tags to `sites`, in place. Positions (`first_layer` and so on) must have been tagged."""
+    """Give `sites` these tags and no older ones of theirs, in place. Positions (`first_layer`, ...) come first."""
+    for site in sites.values():
+        site.tags -= TAGS
     at: dict[tuple[int, str], list[Site]] = {}  # (call, role) -> sites: several where experts share their code
     for site in sites.values():
         at.setdefault((site.call, site.role), []).append(site)

@@ -48,8 +48,9 @@ def recipe(
     """`keep`: probability that an element stays quantized, 1 for no dropping. `round_weight`: of the rounding
     regulariser; 0.1 for MobileNetV2, 0.2 for MnasNet. `scale_lr`: learning rate of activation steps.
 
-    `observe`: images for the activation ranges. `candidates`: widths tried for a range. `edges_8bit`: 8 bits at the first and last layer. `placement`:
-    activation quantizers at the outputs of layers and blocks, or at the inputs of layers.
+    `observe`: images for the activation ranges. `candidates`: widths tried for a range. `edges_8bit`: 8 bits at the
+    first and last layer. `placement`: activation quantizers at the outputs of layers and blocks, or at the inputs of
+    layers.
     """
     search = JointSearch(candidates, p=2.4)
     weights = weight_rules(bits, _grid(bits.weight or 8), search, without=HEAD)

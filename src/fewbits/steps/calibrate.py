@@ -11,6 +11,7 @@ import torch
 
 from fewbits.engine.context import GlueContext, ModelContext, UnitContext
 from fewbits.engine.statistics import Bounds, SampleMoments, Statistic, Values
+from fewbits.errors import FewbitsError
 from fewbits.graph.types import Site
 from fewbits.quantizer import Quantizer
 from fewbits.ranges import AbsMax, Analytic, LayerSearch, MinMax
@@ -45,13 +46,16 @@ def calibrate_sites(
         gather({site.name: [statistic] for site, _, statistic in static})
     for site, quantizer, statistic in static:
         range_, fmt = quantizer.spec.range, quantizer.spec.format
+        try:
+            found = statistic.value()
+        except FewbitsError as error:
+            raise FewbitsError(f"{site.name}: {error}") from error
         if isinstance(statistic, Bounds):
-            quantizer.set_params(range_.fit_bounds(*statistic.value(), fmt))
-        elif isinstance(statistic, SampleMoments):
-            assert isinstance(range_, Analytic)
-            quantizer.set_params(range_.fit_moments(statistic.value(), fmt))
+            quantizer.set_params(range_.fit_bounds(*found, fmt))
+        elif isinstance(range_, Analytic):
+            quantizer.set_params(range_.fit_moments(found, fmt))
         else:
-            quantizer.calibrate(statistic.value())
+            quantizer.calibrate(found)
         context.set_quantizer(site, quantizer)
 
 
