@@ -1,4 +1,4 @@
-"""The benchmark: a matrix is checked before it runs, runs once, survives a kill, and its tables say what the rows say."""
+"""The benchmark: a matrix is checked before it runs, runs once, survives a kill; tables say what the rows say."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def test_a_wrong_matrix_is_refused_before_anything_runs(tmp_path: Path, change: 
 
 
 def test_a_matrix_runs_once_and_a_failed_cell_is_a_row(tmp_path: Path) -> None:
-    text = MATRIX.replace("[rtn, {", "[{recipe: rtn, bits: [W8A8]}, {recipe: rtn, bits: [W2A16], calib: nowhere.txt}, {")
+    text = MATRIX.replace(
+        "[rtn, {", "[{recipe: rtn, bits: [W8A8]}, {recipe: rtn, bits: [W2A16], calib: nowhere.txt}, {"
+    )
     matrix = load_matrix(_matrix(tmp_path, text.replace("seeds: [0, 1]", "seeds: [0]")), {"place": "demo:digits"})
     seen: list[tuple[str, int, int]] = []
     rows = run_matrix(matrix, tmp_path / "out", jobs=2, on_row=lambda row, n, of: seen.append((row["label"], n, of)))

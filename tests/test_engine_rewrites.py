@@ -206,9 +206,7 @@ def test_made_data_feed_the_sweeps_and_are_made_once(tmp_path: Path) -> None:
 def test_task_losses_are_what_they_say() -> None:
     torch.manual_seed(0)
     logits, ids = torch.randn(3, 5, 7), torch.randint(0, 7, (3, 5))
-    by_hand = torch.stack(
-        [-logits[i, :-1].log_softmax(-1).gather(1, ids[i, 1:, None]).mean() for i in range(3)]
-    ).sum()
+    by_hand = torch.stack([-logits[i, :-1].log_softmax(-1).gather(1, ids[i, 1:, None]).mean() for i in range(3)]).sum()
     assert torch.allclose(task_loss("next_token", logits, ids), by_hand)
     flat = logits[:, 0].requires_grad_()
     task_loss("pseudo", flat, None).backward()

@@ -342,6 +342,7 @@ def test_a_loud_channel_is_protected() -> None:
     quantize(plain, "awq", data, bits="W3A16", options={"clip": False, "ratios": 1})
     assert torch.equal(plain.blocks[0].norm1.weight, original.blocks[0].norm1.weight), "one exponent is no scaling"
 
+    @torch.no_grad()
     def column_error(quantized: nn.Module, by: Tensor) -> float:
         return float((quantized.blocks[0].v.weight / by - original.blocks[0].v.weight)[:, 3].norm())
 
@@ -477,12 +478,12 @@ def test_awq_then_gptq_solves_the_scaled_and_clipped_weights() -> None:
     assert errors[0] < errors[2], errors
 
 
-@pytest.mark.parametrize("name", ["smoothquant+awq", "awq+adaround", "awq+repq-vit", "awq+brecq"])
+@pytest.mark.parametrize("name", ["smoothquant+awq", "awq+adaround", "awq+repq-vit"])
 def test_awq_joins_with_other_papers(name: str) -> None:
-    options = {"iterations": 2} if "adaround" in name else {"iters_w": 2, "iters_a": 2} if "brecq" in name else {}
-    model = encoder()
+    options = {"ratios": 4, **({"iterations": 2} if "adaround" in name else {})}
+    model = encoder(depth=2)
     result = quantize(model, name, tokens(8), bits="W4A8", options=options)
-    assert torch.isfinite(model(tokens(4)[0])).all() and len(result.attachment.codes) >= 18
+    assert torch.isfinite(model(tokens(4)[0])).all() and len(result.attachment.codes) >= 12
 
 
 @pytest.mark.parametrize("options", [{"sym": True}, {"group_size": 0}, {"clip": False}, {"variant": "released"}])
@@ -507,7 +508,8 @@ def test_awq_beats_nearest_rounding_on_the_demo_model() -> None:
     losses = {}
     for recipe in ("rtn", "awq"):
         model = demo.load("text")[0]
-        quantize(model, recipe, list(calibration.inputs[:16].split(8)), bits="W3A16g64")
+        options = {"ratios": 10, "clip_tokens": 128} if recipe == "awq" else {}
+        quantize(model, recipe, [calibration.inputs[:8]], bits="W3A16g64", options=options)
         with torch.no_grad():
             logits = model(evaluation.inputs[:24])
         losses[recipe] = float(nn.functional.cross_entropy(logits.flatten(0, 1), evaluation.labels[:24].flatten()))

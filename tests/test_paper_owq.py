@@ -234,8 +234,11 @@ def test_recipe_without_columns_is_gptq_bit_by_bit() -> None:
     assert not a.attachment.parts
     assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert all(torch.equal(a.attachment.codes[name], codes) for name, codes in b.attachment.codes.items())
-    # a budget too small for one column: still plain GPTQ, but on the searched grid, and said
-    small = quantize(encoder(depth=1), "owq", tokens(8), bits="W3A16")
+    # a budget too small for one column is still plain GPTQ, and said; as released, on the searched grid
+    plain = encoder(depth=1)
+    quantize(plain, "owq", tokens(8), bits="W3A16")
+    assert all(torch.equal(x, y) for x, y in zip(plain.parameters(), theirs.parameters(), strict=True))
+    small = quantize(encoder(depth=1), "owq", tokens(8), bits="W3A16", options={"variant": "released"})
     assert not small.attachment.parts and any("no full-precision column" in note for note in small.notes)
     assert not torch.equal(
         small.attachment.quantizer("blocks.0.q.weight").params["scale"],

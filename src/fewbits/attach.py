@@ -166,7 +166,7 @@ class Attachment(Tracer):
         self._plan(place.key)
 
     def add_sites(self, sites: Iterable[Site]) -> None:
-        """Make further sites known, so that they can be observed: a checkpoint lists only those that carry something."""
+        """Make further sites known, to be observed: a checkpoint lists only those that carry something."""
         for site in sites:
             if site.name not in self.sites:
                 self.sites[site.name] = site

@@ -170,7 +170,7 @@ class Scheme:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scheme:
-        parts = {"weights": Rule, "activations": Rule, "overrides": Rule, "changes": Change}
+        parts: dict[str, Any] = {"weights": Rule, "activations": Rule, "overrides": Rule, "changes": Change}
         return cls(*(tuple(kind.from_dict(item) for item in data.get(name, ())) for name, kind in parts.items()))
 
 
@@ -183,8 +183,9 @@ class Step:
     Steps run in order of `stage`; one with `new_sweep` starts only after every unit is through the earlier stages.
     `streams` are the prefixes whose outputs it reads (`float`: the float model; `quantized`: what is already
     quantized). With `activations` False the sweep runs with floating-point activations; None is content with either. A
-    step that reads `float_weights` finds each weight as it was before it was committed. A step that `exclusive`ly fills
-    its part refuses to share it.
+    step that reads `float_weights` finds each weight as it was before it was committed. One that `fits_outputs` rounds
+    the weights of a unit together by what the unit puts out. A step that `exclusive`ly fills its part refuses to share
+    it.
     """
 
     part: ClassVar[str] = "rounding"
@@ -194,6 +195,7 @@ class Step:
     streams: ClassVar[frozenset[str]] = frozenset()
     activations: ClassVar[bool | None] = True
     float_weights: ClassVar[bool] = False
+    fits_outputs: ClassVar[bool] = False
     makes_data: ClassVar[bool] = False
     gradients: ClassVar[bool] = False
 
@@ -325,13 +327,18 @@ def join(first: Recipe, second: Recipe) -> Recipe:
         known = [step.to_dict() for step in steps]
         return steps + [step for step in second.steps if step.part == part and step.to_dict() not in known]
 
-    # A rounding solver is written for its paper's grid, so the grid follows the solver unless someone brings a grid.
+    # A rounding solver is written for its paper's grid, so the grid follows the solver unless someone brings a grid;
+    # and activation quantizers follow who tunes them.
+    acting = source("activations")
+    if "activations" not in first.brings | second.brings:
+        acting = source("tuning")
     grid = source("weight_grid")
     if "weight_grid" not in first.brings | second.brings:
         grid = source("rounding")
     steps = both("transform")
     for part in ("datagen", "allocation", "activations", "rounding", "tuning"):
-        steps += [step for step in source(part).steps if step.part == part]
+        owner = acting if part == "activations" else source(part)
+        steps += [step for step in owner.steps if step.part == part]
     steps += both("correction")
     calibration = source("rounding").calibration
     return Recipe(
@@ -339,7 +346,7 @@ def join(first: Recipe, second: Recipe) -> Recipe:
         first.bits,
         Scheme(
             grid.scheme.weights,
-            source("activations").scheme.activations,
+            acting.scheme.activations,
             first.scheme.overrides + second.scheme.overrides,
         ),
         tuple(steps),

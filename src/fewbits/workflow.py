@@ -426,9 +426,7 @@ def _with_page(
     """The report, after the page about it is written."""
     from fewbits.diagnosis.workflow import report_reference
 
-    file, _ = report_reference(
-        Path(out).expanduser(), device=device, code_module=code_module, show_progress=show
-    )
+    file, _ = report_reference(Path(out).expanduser(), device=device, code_module=code_module, show_progress=show)
     return {**report, "page": str(file)}
 
 

@@ -318,8 +318,8 @@ class UnitContext(ModelContext):
         return module_calls(self, path, stream or self.prefix)
 
     @contextmanager
-    def float_weights(self) -> Iterator[None]:
-        """The unit's floating-point parameters in place while the context lasts.
+    def original_weights(self) -> Iterator[None]:
+        """The unit's floating-point parameters, transforms done, in place while the context lasts.
 
         For a step that reads the float stream in a sweep of its own; in the first sweep they are there until a step
         replaces them.

@@ -31,16 +31,16 @@ def site_gradients(ctx: ModelContext, sites: Iterable[Site], loss: Loss) -> None
     `FewbitsError` where the model's output has no class axis, and where all gradients vanish.
     """
     names = [site.name for site in sites]
-    largest = 0.0
-    for number, batch in enumerate(ctx.run.batches):
-        largest = max(largest, _one_batch(ctx, number, batch, names, loss))
-    if not 0 < largest < float("inf"):
-        state = "vanishes" if largest == 0 else "is not finite"
-        raise FewbitsError(f"the gradient of the task loss {state} at every layer; choose another loss")
+    peaks = [_one_batch(ctx, number, batch, names, loss) for number, batch in enumerate(ctx.run.batches)]
+    largest = float(torch.stack(peaks).amax()) if peaks else 0.0
+    if largest == 0:
+        raise FewbitsError("the gradient of the task loss vanishes at every layer; choose another loss")
+    if not largest < float("inf"):
+        raise FewbitsError("NaN or infinity in the gradient of the task loss; check the model in float32")
 
 
-def _one_batch(ctx: ModelContext, number: int, batch: Batch, names: list[str], loss: Loss) -> float:
-    """Keep one batch's gradients; the largest magnitude among them."""
+def _one_batch(ctx: ModelContext, number: int, batch: Batch, names: list[str], loss: Loss) -> Tensor:
+    """Keep one batch's gradients; the largest magnitude among them, float32 []."""
     store = ctx.run.store
     uses: dict[str, int] = dict.fromkeys(names, 0)
     leaves: list[Tensor] = []
@@ -63,7 +63,7 @@ def _one_batch(ctx: ModelContext, number: int, batch: Batch, names: list[str], l
         observers: dict[str, list[Observer]] = {name: [partial(watch, name)] for name in names}
         with ctx.attachment.disabled(), ctx.attachment.observing(observers):
             logits = first_output(ctx.model(*args, **kwargs))
-        if logits.dim() not in (2, 3):
+        if logits.dim() not in (2, 3) or len(logits) != ctx.run.sizes[number]:
             raise FewbitsError(
                 f"the model's output {tuple(logits.shape)} is not class scores (samples, ..., classes): no task loss "
                 "is defined for it; choose a metric without gradients, such as 'l2' or 'cosine'"
@@ -74,17 +74,19 @@ def _one_batch(ctx: ModelContext, number: int, batch: Batch, names: list[str], l
         torch.autograd.grad(value, [*leaves, *tables], allow_unused=True)
     for name, count in uses.items():
         store.put(("gradient uses", name, number), count)
-    return float(torch.stack(peaks).amax()) if peaks else 0.0
+    return torch.stack(peaks).amax() if peaks else torch.zeros((), device=ctx.device)
 
 
 def gradients_at(ctx: ModelContext, site: Site) -> list[Tensor | None]:
     """The gradient at a site for every batch and every use in it, in order, and forget it.
 
-    None where the loss does not depend on the tensor.
+    None where the loss does not depend on the tensor. Raises `FewbitsError` where none were taken there.
     """
     store = ctx.run.store
     found: list[Tensor | None] = []
     for number in range(len(ctx.run.batches)):
+        if ("gradient uses", site.name, number) not in store:
+            raise FewbitsError(f"{site.name}: no gradients of a task loss were taken there before")
         for use in range(store.get(("gradient uses", site.name, number))):
             key = ("gradient", site.name, number, use)
             found.append(store.get(key) if key in store else None)

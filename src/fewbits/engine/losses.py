@@ -25,10 +25,10 @@ LossKind = Literal["next_token", "pseudo", "sampled", "gaussian"]
 def task_loss(kind: LossKind, logits: Tensor, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
     """The loss of float `logits` (samples, ..., classes), summed over samples and averaged over positions in each.
 
-    `batch` is what the model was called with; `next_token` reads its `decoder_input_ids`, `input_ids` or another integer
-    tensor, the first that has a token for every position of the output. `sampled` and `gaussian` draw with `generator`
-    (on the CPU, so that every device draws the same). Raises `FewbitsError` for an unknown kind, logits without a class
-    axis, or `next_token` where the batch holds no token ids.
+    `batch` is what the model was called with; `next_token` reads its `decoder_input_ids`, `input_ids` or another
+    integer tensor, the first that has a token for every position of the output. `sampled` and `gaussian` draw with
+    `generator` (on the CPU, so that every device draws the same). Raises `FewbitsError` for an unknown kind, logits
+    without a class axis, or `next_token` where the batch holds no token ids.
     """
     if logits.dim() < 2:
         raise FewbitsError(

@@ -8,6 +8,7 @@ the high biases that this leaves into the next layer (4.1.3). Brings corrections
 taken from its bias, with the input's mean from batch-norm statistics (4.2), or, `correction=empirical`, from data.
 Activation ranges come from the same statistics, beta +- 6 gamma (section 5), sums as sums of independent normals.
 Reuses batch-norm folding, ReLU6 run as ReLU, and min/max per-tensor grids rounded to nearest. No data is needed.
+Joined with a paper that rounds a unit's weights together for its output (brecq, qdrop), biases are left as they are.
 
 Departs from the released code (`variant="released"`: one pass): any grouped convolution takes part, as do attention
 values and gates. Departs from the paper: zeros that convolutions pad with are counted in the mean inputs; ranges

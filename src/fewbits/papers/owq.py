@@ -12,9 +12,12 @@ How many columns: every weight of a block gets an equal share of the bits that `
 width, counted in values. For OPT, LLaMA and Falcon that is the released rule with its ratios by layer type (1 for
 attention, 1/4 or 3/8 for MLP), without a table of architectures; counts are rounded to nearest, then up to even.
 
-Departs from the released code: a fused or grouped-query projection gets the share that its own size implies, where the
-release has one ratio for all attention layers; the parameters of all groups are kept, where its packing holds those of
-the last; a dead column that is kept is not zeroed; a grouped convolution keeps the same columns in all groups.
+Departs from the released code: a weight whose share pays for no column gets its grid from the extremes, as all do where
+no columns are asked for, not from a search that would clip what meets an outlier channel (`variant="released"` searches
+as soon as the target exceeds the base width); a fused or grouped-query projection gets the share that its own size
+implies, where the release has one ratio for all attention layers; the parameters of all groups are kept, where its
+packing holds those of the last; a dead column that is kept is not zeroed. Grouped convolutions keep the same columns in
+all groups.
 """
 
 from __future__ import annotations
@@ -48,11 +51,12 @@ def recipe(
     block_size: int = 128,
     act_order: bool = False,
     stale_groups: bool = True,
+    variant: Literal["paper", "released"] = "paper",
 ) -> Recipe:
     """`target_bits`: average bits a weight, 0.01 above the weights' own by default. `weak_columns`: as many in every
     weight instead. `layers`: globs of the weights that may keep some, separated by commas. `frob_norm`: rank by H_jj
-    times squared error, not H_jj alone. `tuning`: grids by search or from the extremes; auto searches where columns are
-    kept at all. `percdamp`: 1.0 for Falcon. `act_order`: columns in descending sensitivity."""
+    times squared error, not H_jj alone. `tuning`: grids by search or from the extremes; auto searches for weights that
+    keep columns. `percdamp`: 1.0 for Falcon. `act_order`: columns in descending sensitivity."""
     base = bits.weight or 8
     target = base + 0.01 if target_bits is None else target_bits
     if not base <= target < 16:
@@ -75,6 +79,7 @@ def recipe(
         layers=tuple(glob.strip() for glob in layers.split(",")),
         by_error=frob_norm,
         ranking=coarse,
+        bare=extremes if tuning == "auto" and variant == "paper" else None,
     )
     weights = weight_rules(bits, owq_grid(base, sym), coarse if bits.group else fine, without=HEAD)
     return Recipe(

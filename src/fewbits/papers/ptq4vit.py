@@ -61,6 +61,7 @@ def recipe(
 ) -> Recipe:
     """`metric`: hessian unless `base`. `loss`: whose gradient the Hessian metric takes. `alpha`, `beta`: candidates lie
     between these multiples of the min-max interval (alpha 0.01, 0.5 with `base`). `rounds`: 3, 1 with `base`.
+    `gelu_tie`: how the two steps behind GELU belong together (`formats.twin.TwinSign`; "none" as released).
     `row_blocks`, `column_blocks`, `input_chunks`: intervals per weight (per operand of a fused projection) and input.
     `sequential`: layers see what the quantized units before them give.
     """

@@ -171,9 +171,7 @@ def _apply_common(recipe: Recipe, options: dict[str, Any]) -> Recipe:
         calibration = dataclasses.replace(calibration, samples=options["samples"])
     return dataclasses.replace(
         recipe,
-        scheme=dataclasses.replace(
-            scheme, overrides=tuple(overrides), changes=parse_changes(options.get("sites", ""))
-        ),
+        scheme=dataclasses.replace(scheme, overrides=tuple(overrides), changes=parse_changes(options.get("sites", ""))),
         calibration=calibration,
         options={**recipe.options, **options},
     )

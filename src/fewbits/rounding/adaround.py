@@ -79,9 +79,7 @@ class LearnedRounding(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(
-        self, weight: Tensor, fmt: Uniform | ChannelBits, params: Params, granularity: Granularity
-    ) -> None:
+    def __init__(self, weight: Tensor, fmt: Uniform | ChannelBits, params: Params, granularity: Granularity) -> None:
         super().__init__()
         # The variables decide the rounding; whatever mode the format rounds by plays no part, and grid values must stay
         # put.

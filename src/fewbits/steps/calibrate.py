@@ -51,7 +51,8 @@ def calibrate_sites(
         except FewbitsError as error:
             raise FewbitsError(f"{site.name}: {error}") from error
         if isinstance(statistic, Bounds):
-            quantizer.set_params(range_.fit_bounds(*found, fmt))
+            lo, hi = found
+            quantizer.set_params(range_.fit_bounds(lo, hi, fmt))
         elif isinstance(range_, Analytic):
             quantizer.set_params(range_.fit_moments(found, fmt))
         else:

@@ -23,13 +23,16 @@ from fewbits.recipe import Step
 class CorrectBiasByMoments(Step):
     """Analytic: b - (W~ - W) E[x], with E[x] from the moments of the layer's input (`PropagateMoments` before).
 
-    Layers that no statistics reach, which that step names, keep their bias.
+    Layers that no statistics reach, which that step names, keep their bias; all do where the rounding `fits_outputs`.
     """
 
     part: ClassVar[str] = "correction"
     stage: ClassVar[int] = 60
+    activations: ClassVar[bool | None] = None
 
     def apply(self, unit: UnitContext) -> None:
+        if _fitted(unit):
+            return
         graph, moments = unit.graph, unit.run.moments
         for site in _layers(unit):
             calls = [call for call in graph.calls if call.key == site.key]
@@ -52,7 +55,8 @@ class CorrectBiasByMoments(Step):
 class CorrectBiasByData(Step):
     """Empirical: layer by layer, minus the mean error of its output behind all that is quantized and corrected before.
 
-    A sweep of its own once everything is quantized: one forward of a unit for each of its layers.
+    A sweep of its own once everything is quantized: one forward of a unit for each of its layers. Nothing is corrected
+    where the rounding `fits_outputs`.
     """
 
     part: ClassVar[str] = "correction"
@@ -61,11 +65,13 @@ class CorrectBiasByData(Step):
     streams: ClassVar[frozenset[str]] = frozenset({"float", "quantized"})
 
     def apply(self, unit: UnitContext) -> None:
+        if _fitted(unit):
+            return
         layers = _layers(unit)
         outputs = {site.name: site.name.removesuffix("weight") + "output" for site in layers}
         axes = {site.name: channel_axis(unit.graph, unit.graph.calls[site.call].outputs[0]) for site in layers}
         reference = {name: ChannelMean(axis) for name, axis in axes.items()}
-        with unit.float_weights():
+        with unit.original_weights():
             unit.gather({outputs[name]: [mean] for name, mean in reference.items()}, "float")
         for site in layers:
             now = ChannelMean(axes[site.name])
@@ -74,6 +80,18 @@ class CorrectBiasByData(Step):
                 unit.note(f"{site.name}: no calibration data reached it, bias not corrected")
                 continue
             _correct(unit, site, now.value(), reference[site.name].value())
+
+
+def _fitted(unit: UnitContext) -> bool:
+    """Whether the weights were rounded together for the unit's output, which the mean is a part of.
+
+    Bringing each layer's mean back then undoes what they do for each other (in small networks it costs more than it
+    gives, the more the fewer bits there are).
+    """
+    names = [type(step).__name__ for step in unit.recipe.steps if step.fits_outputs]
+    if names:
+        unit.note(f"no bias is corrected: {names[0]} rounded the weights for what their units put out, means included")
+    return bool(names)
 
 
 def _layers(unit: UnitContext) -> list[Site]:

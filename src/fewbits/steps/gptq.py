@@ -15,7 +15,8 @@ from fewbits.formats import Params, PerBlock, PerGroup, expand_params
 from fewbits.graph.types import Graph, Site, Unit
 from fewbits.outliers.parts import Columns
 from fewbits.quantizer import Quantizer
-from fewbits.recipe import Step
+from fewbits.ranges import Range
+from fewbits.recipe import QSpec, Step
 from fewbits.rounding.gptq import gptq
 from fewbits.steps.nearest import fitted, round_nearest
 
@@ -98,6 +99,10 @@ class ColumnSolver(Step):
         """Columns to keep in full precision, int64 [k], and what act-order sorts by [columns] (None: H's diagonal)."""
         return torch.empty(0, dtype=torch.int64), None
 
+    def range_for(self, spec: QSpec, kept: Tensor) -> Range:
+        """What fits the grid of a weight that keeps these columns."""
+        return spec.range
+
     def _commit(self, unit: UnitContext, site: Site, weight: Tensor, hessian: Tensor) -> None:
         """Solve one weight [out, in], or [groups, out, in] with one Hessian each, and commit it."""
         spec = unit.spec(site)
@@ -113,7 +118,7 @@ class ColumnSolver(Step):
                 weight,
                 hessian,
                 spec.format,
-                spec.range,
+                self.range_for(spec, kept),
                 params=grid,
                 group_size=size,
                 block_size=self.block_size,

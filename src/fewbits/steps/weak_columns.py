@@ -15,6 +15,7 @@ from fewbits.graph import operands
 from fewbits.graph.types import Site
 from fewbits.outliers.weak_columns import column_sensitivity, columns_in_budget, weakest_columns
 from fewbits.ranges import JointSearch, Range
+from fewbits.recipe import QSpec
 from fewbits.rounding.nearest import nearest
 from fewbits.steps.gptq import ColumnSolver
 
@@ -29,6 +30,9 @@ class WeakColumnSolver(ColumnSolver):
     spend nothing of their unit's budget. Ranked by H_jj times the column's squared error under rounding to nearest on a
     grid that `ranking` fits row by row, or by H_jj alone (`by_error` False). Weights at other bits than the recipe's
     (a first layer at 8) keep no columns. A grouped convolution keeps the same columns in all groups.
+
+    `bare` fits the grid of weights that keep no column, in place of a joint search: a search that does not see the
+    inputs clips what meets an outlier channel, and there is nothing then that keeps it.
     """
 
     bits: int = 3
@@ -37,6 +41,7 @@ class WeakColumnSolver(ColumnSolver):
     layers: tuple[str, ...] = ("*",)
     by_error: bool = True
     ranking: Range = field(default_factory=lambda: JointSearch(num=40))
+    bare: Range | None = None
 
     part: ClassVar[str] = "rounding"
 
@@ -53,6 +58,11 @@ class WeakColumnSolver(ColumnSolver):
             quantized = nearest(rows, spec.format, PerChannel(0), params)[0].view(weight.shape)
         sensitivity = column_sensitivity(weight, quantized, hessian)
         return weakest_columns(sensitivity, count), sensitivity
+
+    def range_for(self, spec: QSpec, kept: Tensor) -> Range:
+        if self.bare is not None and not len(kept) and isinstance(spec.range, JointSearch):
+            return self.bare
+        return spec.range
 
     def apply(self, unit: UnitContext) -> None:
         counts = self.counts(unit)

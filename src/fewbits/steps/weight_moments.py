@@ -39,9 +39,7 @@ class CorrectWeightMoments(Step):
             elif reason:
                 unit.note(f"{site.name}: its mean is not corrected, {reason}")
         if solved:
-            unit.note(
-                "weights that a solver rounded keep their means; only those of nearest rounding are corrected"
-            )
+            unit.note("weights that a solver rounded keep their means; only those of nearest rounding are corrected")
 
     def _correct(self, unit: UnitContext, site: Site) -> str:
         """Correct one weight; why not, where it cannot be."""

@@ -71,6 +71,7 @@ class ReconstructDropping(Step):
     stage: ClassVar[int] = 40
     streams: ClassVar[frozenset[str]] = frozenset({"float", "quantized"})
     gradients: ClassVar[bool] = True
+    fits_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         random_masks(self.keep, torch.Generator())

@@ -39,6 +39,7 @@ class ReconstructUnit(Step):
     streams: ClassVar[frozenset[str]] = frozenset({"float", "prefix"})
     activations: ClassVar[bool] = False
     gradients: ClassVar[bool] = True
+    fits_outputs: ClassVar[bool] = True
 
     @property
     def logits(self) -> bool:
