@@ -132,7 +132,7 @@ def test_quantize_eval_and_load(tmp_path: Path) -> None:
 
 def test_human_report(tmp_path: Path) -> None:
     result = run(*quantize_args(tmp_path / "q", eval="demo:digits", eval_samples=50))
-    assert result.exit_code == 0 and "before" in result.stdout and "top1" in result.stdout and "MB" in result.stdout
+    assert result.exit_code == 0 and "before" in result.stdout and "top1" in result.stdout and "KB" in result.stdout
     assert "same data" not in result.stdout or "note" in result.stdout
 
 

@@ -21,8 +21,9 @@ from fewbits.errors import FewbitsError
 from fewbits.quantizer import Quantizer
 from fewbits.ranges import AbsMax, MinMax
 
-#: A cheaper change is preferred if it wins at least this share of what the best one wins.
-ENOUGH = 0.7
+#: A cheaper change is preferred if it wins at least this share of what the best one wins; the smaller share where the
+#: samples do not tell the two apart.
+ENOUGH, ENOUGH_IN_DOUBT = 0.7, 0.5
 #: Sure gains below this share of the whole output error are not worth a word.
 NOTICEABLE = 0.01
 
@@ -226,10 +227,10 @@ def _calibrate_once(quantizer: Quantizer, x: Tensor) -> None:
 
 def _choose(tried: list[Suggestion], whole: float) -> Suggestion | None:
     """The cheapest change that wins nearly as much as the best; None where none wins anything."""
-    best = max(suggestion.gain.sure for suggestion in tried)
-    if not best > (NOTICEABLE * whole if math.isfinite(whole) else 0):
+    best = max((suggestion.gain for suggestion in tried), key=lambda found: found.sure)
+    if not best.sure > (NOTICEABLE * whole if math.isfinite(whole) else 0):
         return None
-    chosen = next(suggestion for suggestion in tried if suggestion.gain.sure >= ENOUGH * best)
+    chosen = next(suggestion for suggestion in tried if _enough(suggestion.gain, best))
     chosen.others = [
         {
             "change": s.candidate.text,
@@ -242,6 +243,12 @@ def _choose(tried: list[Suggestion], whole: float) -> Suggestion | None:
         if s is not chosen
     ]
     return chosen
+
+
+def _enough(found: Gain, best: Gain) -> bool:
+    """Nearly as good as the best, or at least half as good and not to be told from it."""
+    told_apart = found.mean + found.spread < best.mean
+    return found.sure >= (ENOUGH if told_apart else ENOUGH_IN_DOUBT) * best.sure
 
 
 def _extra_bytes(bench: Bench, quantizers: dict[str, Quantizer | None]) -> int:

@@ -153,6 +153,7 @@ class Run:
         self.norms: dict[int, NormStatistics] = {}
         self.input_range: tuple[Tensor, Tensor] | None = None
         self.moments: dict[int, Moments] = {}
+        self.mean_outputs: dict[int, Tensor] = {}  # by call
         self.float_weights: dict[str, Tensor] | None = None  # by site, (out, in, *kernel), where they are wanted
         self.known: dict[str, dict[str, Tensor]] = {}  # what steps asked to be remembered
         self.batches = batches

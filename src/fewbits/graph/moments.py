@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from fewbits.graph import operands
 from fewbits.graph.propagation import argument
 from fewbits.graph.types import Call, Graph, Ref
 
+#: Layers in a row without a norm that are guessed through: squeeze and excitation has two, a classifier up to three.
+MOST_GUESSES = 3
 #: Mean and standard deviation per channel, float64 [C], of a value that a norm made.
 NormStatistics = tuple[Tensor, Tensor]
 
@@ -21,39 +23,43 @@ NormStatistics = tuple[Tensor, Tensor]
 class Moments:
     """A value's distribution over inputs, element by element: float64 tensors that broadcast to the value's shape.
 
-    `low` and `high` are the ends between which its elements are taken to lie. `guessed` where a layer without a norm
-    lies between the value and the nearest norm: its variance then rests on inputs being independent.
+    `low` and `high` are the ends between which its elements are taken to lie. `guesses`: how many layers without a norm
+    lie between the value and the nearest norm before it; each took its inputs as independent.
     """
 
     mean: Tensor
     var: Tensor
     low: Tensor
     high: Tensor
-    guessed: bool = False
+    guesses: int = 0
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Moments:
         """The same function of all four."""
         fields = (self.mean, self.var, self.low, self.high)
-        return Moments.of([compact(function(x)) for x in fields], self.guessed)
+        return Moments.of([compact(function(x)) for x in fields], self.guesses)
 
     @classmethod
-    def of(cls, parts: Sequence[Tensor], guessed: bool) -> Moments:
+    def of(cls, parts: Sequence[Tensor], guesses: int) -> Moments:
         """From mean, variance, low and high end, in this order."""
         mean, var, low, high = parts
-        return cls(mean, var, low, high, guessed)
+        return cls(mean, var, low, high, guesses)
 
 
-def normal(mean: Tensor, std: Tensor, sigmas: float, guessed: bool = False) -> Moments:
+def normal(mean: Tensor, std: Tensor, sigmas: float, guesses: int = 0) -> Moments:
     """Normal elements, taken to lie within `sigmas` standard deviations."""
     mean, std = mean.double(), std.double().abs()
-    return Moments(mean, std.square(), mean - sigmas * std, mean + sigmas * std, guessed)
+    return Moments(mean, std.square(), mean - sigmas * std, mean + sigmas * std, guesses)
 
 
 def between(low: Tensor, high: Tensor) -> Moments:
-    """Elements of which the ends are known: normalised (mean 0, variance 1) if zero lies inside, else uniform."""
+    """Elements of which the ends are known: normalised (mean 0, variance 1) if zero lies inside, else uniform.
+
+    Neighbours in an image are no independent inputs, so nothing is guessed from them.
+    """
     inside = (low < 0) & (high > 0)
     mean = torch.where(inside, torch.zeros_like(low), (low + high) / 2)
-    return Moments(mean, torch.where(inside, torch.ones_like(low), (high - low).square() / 12), low, high)
+    var = torch.where(inside, torch.ones_like(low), (high - low).square() / 12)
+    return Moments(mean, var, low, high, MOST_GUESSES + 1)
 
 
 def norm_statistics(graph: Graph, model: nn.Module) -> dict[int, NormStatistics]:
@@ -75,9 +81,19 @@ def norm_statistics(graph: Graph, model: nn.Module) -> dict[int, NormStatistics]
 
 
 class State:
-    def __init__(self, graph: Graph, model: nn.Module, of: dict[int, Moments], sigmas: float) -> None:
+    """What the rules of `rules_moments` work on: moments by value id so far."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        model: nn.Module,
+        norms: Mapping[int, NormStatistics],
+        of: dict[int, Moments],
+        sigmas: float,
+    ) -> None:
         self.graph = graph
         self.model = model
+        self.norms = norms
         self.of = of
         self.sigmas = sigmas
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fewbits.correction.analytic import clipped_normal
-from fewbits.graph.moments import Moments, NormStatistics, State, compact, normal, stored
+from fewbits.correction.analytic import clipped_normal, mean_output
+from fewbits.graph.moments import MOST_GUESSES, Moments, NormStatistics, State, normal, stored
 from fewbits.graph.ops import ACTIVATIONS, IDENTITY, LAYOUT, rebind
 from fewbits.graph.propagation import argument
 from fewbits.graph.types import CASTS, Call, Graph, Ref
@@ -36,7 +36,7 @@ def propagate_moments(
     norms: of the values that norms make, as they are now (`norm_statistics`, kept up by whoever rescales channels).
     inputs: what is known of the model's inputs. sigmas: how far from its mean a normal element is taken to reach.
     """
-    state = State(graph, model, dict(inputs or {}), sigmas)
+    state = State(graph, model, norms, dict(inputs or {}), sigmas)
     for call in graph.calls:
         known = norms.get(call.outputs[0]) if call.outputs else None
         if known is not None:
@@ -66,7 +66,7 @@ def _clip(state: State, call: Call) -> None:
         return
     bottom = -np.inf if low is None else float(low)
     top = np.inf if high is None else float(high)
-    x = Moments.of(torch.broadcast_tensors(x.mean, x.var, x.low, x.high), x.guessed)
+    x = Moments.of(torch.broadcast_tensors(x.mean, x.var, x.low, x.high), x.guesses)
     mean, var = clipped_normal(x.mean, x.var.sqrt(), bottom, top)
     inside = (x.low >= bottom) & (x.high <= top)  # clipped before: no longer normal, and nothing happens to it
     state.put(
@@ -76,7 +76,7 @@ def _clip(state: State, call: Call) -> None:
             torch.where(inside, x.var, var),
             x.low.clamp(bottom, top),
             x.high.clamp(bottom, top),
-            x.guessed,
+            x.guesses,
         ),
     )
 
@@ -111,7 +111,7 @@ def _elementwise(state: State, call: Call) -> None:
     stacked = torch.stack(span)
     state.put(
         call,
-        Moments(total, (square - total.square()).clamp_min(0), stacked.amin(0), stacked.amax(0), x.guessed),
+        Moments(total, (square - total.square()).clamp_min(0), stacked.amin(0), stacked.amax(0), x.guesses),
     )
 
 
@@ -142,13 +142,13 @@ def _add(state: State, call: Call) -> None:
     # Normal summands: exactly `sigmas` deviations of the sum. Bounded ones: within the sum of their ends.
     up = torch.hypot(x.high - x.mean, y.high - y.mean)
     down = torch.hypot(x.mean - x.low, y.mean - y.low)
-    state.put(call, Moments(mean, x.var + y.var, mean - down, mean + up, x.guessed or y.guessed))
+    state.put(call, Moments(mean, x.var + y.var, mean - down, mean + up, max(x.guesses, y.guesses)))
 
 
 def _times(x: Moments, factor: float | Tensor) -> Moments:
     one, other = x.low * factor, x.high * factor
     squared = factor * factor
-    return Moments(x.mean * factor, x.var * squared, torch.minimum(one, other), torch.maximum(one, other), x.guessed)
+    return Moments(x.mean * factor, x.var * squared, torch.minimum(one, other), torch.maximum(one, other), x.guesses)
 
 
 def _mul(state: State, call: Call) -> None:
@@ -161,7 +161,7 @@ def _mul(state: State, call: Call) -> None:
         y = Moments(1 / y.mean, y.var, 1 / y.mean, 1 / y.mean)
     ends = torch.stack(torch.broadcast_tensors(x.low * y.low, x.low * y.high, x.high * y.low, x.high * y.high))
     var = x.var * y.var + x.var * y.mean.square() + y.var * x.mean.square()
-    state.put(call, Moments(x.mean * y.mean, var, ends.amin(0), ends.amax(0), x.guessed or y.guessed))
+    state.put(call, Moments(x.mean * y.mean, var, ends.amin(0), ends.amax(0), max(x.guesses, y.guesses)))
 
 
 def _neg(state: State, call: Call) -> None:
@@ -171,49 +171,64 @@ def _neg(state: State, call: Call) -> None:
 
 # -- layers ----------------------------------------------------------------------------------------------------------
 def _layer(state: State, call: Call) -> None:
-    """A product with a weight. Per channel: the mean over positions, with the zeros that a convolution pads with."""
-    found = layer_moments(state.graph, state.model, call, state.of)
-    if found is not None:
-        mean, var = found
-        state.put(call, normal(mean, var.sqrt(), state.sigmas, guessed=True))
+    """A layer without a norm behind it: mean and variance of independent inputs, convolutions over all positions."""
+    graph = state.graph
+    readers = graph.consumers.get(call.outputs[0], ())
+    if readers and all(graph.calls[index].outputs[0] in state.norms for index in readers):
+        return
+    found = _operands(graph, state.model, call, state.of)
+    if found is None or found[0].guesses >= MOST_GUESSES:
+        return
+    x, weight, bias = found
+    mean, var = _replayed(graph, call, x.mean, weight, bias), _replayed(graph, call, x.var, weight.square(), None)
+    if call.op.startswith("conv"):
+        mean, var = _positions(mean), _positions(var)
+    state.put(call, normal(mean, var.sqrt(), state.sigmas, x.guesses + 1))
 
 
-def layer_moments(
-    graph: Graph, model: nn.Module, call: Call, of: Mapping[int, Moments]
-) -> tuple[Tensor, Tensor] | None:
-    """Mean and variance of what a weighted call makes of its input, with the model's parameters as they are now.
+@torch.no_grad()
+def layer_mean(graph: Graph, model: nn.Module, call: Call, of: Mapping[int, Moments]) -> Tensor | None:
+    """What a weighted call puts out on average, float64 per output channel, with the model's parameters as they are.
 
-    Broadcastable to the output, convolutions averaged over positions; None where nothing is known of the input or the
-    operand is no parameter. The variance takes the input's elements as independent.
+    None where nothing is known of its input, or its operand is no parameter.
     """
+    found = _operands(graph, model, call, of)
+    if found is None:
+        return None
+    x, weight, bias = found
+    on_left = call.bound.get("lhs") == graph.flow.operands(call)["weight"]
+    axis = 1 if call.op.startswith("conv") else -2 if on_left else -1
+    return mean_output(lambda mean, matrix: _replayed(graph, call, mean, matrix, bias), weight, x.mean, axis)
+
+
+def _operands(
+    graph: Graph, model: nn.Module, call: Call, of: Mapping[int, Moments]
+) -> tuple[Moments, Tensor, Tensor | None] | None:
+    """A weighted call's input, weight and bias, the latter as the model has them now (float64)."""
     found = graph.flow.operands(call)
     x = of.get(found["input"].value) if "input" in found else None
     weight = stored(graph, model, found.get("weight"))
     if x is None or weight is None:
         return None
-    slots = {"input": found["input"], "weight": found["weight"]}
-    names = {slot: name for slot, ref in call.bound.items() for name, other in slots.items() if ref == other}
-    shape = graph.values[found["input"].value].shape
-    lead = 1 if x.mean.dim() == len(shape) and x.mean.shape[0] == 1 and len(shape) > 1 else shape[0]
     bias = bias_of_call(model, graph, call)
-    weight = weight.double().cpu()
+    return x, weight.double().cpu(), None if bias is None else bias.double().cpu()
 
-    def run(value: Tensor, matrix: Tensor, added: Tensor | None) -> Tensor:
-        new: dict[str, Any] = {
-            slot: value.expand(lead, *shape[1:]) if name == "input" else matrix for slot, name in names.items()
-        }
-        plain = call
-        if "bias" in call.bound:
-            new["bias"] = added if added is not None or call.op != "addmm" else value.new_zeros(())
-        elif added is not None:
-            plain = Call(call.index, call.op, call.func, call.args, {**call.kwargs, "bias": None}, (), "", None)
-            new["bias"] = added
-        args, kwargs = rebind(call.op, plain.args, plain.kwargs, new)
-        out: Tensor = call.func(*args, **kwargs)
-        return _positions(out) if call.op.startswith("conv") else out
 
-    mean = run(x.mean, weight, None if bias is None else bias.double().cpu())
-    return compact(mean), compact(run(x.var, weight.square(), None))
+def _replayed(graph: Graph, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The call on another input (broadcastable to the recorded one; one sample, if all are alike), weight and bias."""
+    found = graph.flow.operands(call)
+    shape = graph.values[found["input"].value].shape
+    lead = 1 if x.dim() == len(shape) and x.shape[0] == 1 and len(shape) > 1 else shape[0]
+    x = x.expand(lead, *shape[1:])
+    new = {slot: x if ref == found["input"] else weight for slot, ref in call.bound.items() if ref in found.values()}
+    kwargs = call.kwargs
+    if "bias" in call.bound:
+        new["bias"] = x.new_zeros(()) if bias is None and call.op == "addmm" else bias  # type: ignore[assignment]
+    elif bias is not None:
+        kwargs, new["bias"] = {**kwargs, "bias": None}, bias
+    args, kwargs = rebind(call.op, call.args, kwargs, new)
+    out: Tensor = call.func(*args, **kwargs)
+    return out
 
 
 def _positions(x: Tensor) -> Tensor:
@@ -233,14 +248,14 @@ def _pool(state: State, call: Call) -> None:
     shape = state.shape(arg)
     if "max_pool" in call.op:
         shift, shrink = _largest_of(_window(call, shape, state.graph.values[call.outputs[0]].shape) ** 0.5)
-        x = Moments(torch.minimum(x.mean + shift * x.var.sqrt(), x.high), shrink * x.var, x.low, x.high, x.guessed)
+        x = Moments(torch.minimum(x.mean + shift * x.var.sqrt(), x.high), shrink * x.var, x.low, x.high, x.guesses)
     made = []
     for held in (x.mean, x.var, x.low, x.high):
         out = _run_on(state, call, {arg.value: held.expand(shape)})
         if not out or tuple(out[0].shape) != state.graph.values[call.outputs[0]].shape:
             return
         made.append(out[0])
-    state.put(call, Moments.of(made, x.guessed))
+    state.put(call, Moments.of(made, x.guesses))
 
 
 def _window(call: Call, shape: tuple[int, ...], out: tuple[int, ...]) -> float:
@@ -273,9 +288,9 @@ def _layout(state: State, call: Call) -> None:
         if [tuple(t.shape) for t in out] != [state.graph.values[o].shape for o in call.outputs]:
             return
         made.append(out)
-    guessed = any(held.guessed for held in known.values() if held is not None)
+    guesses = max(held.guesses for held in known.values() if held is not None)
     for position, parts in enumerate(zip(*made, strict=True)):
-        state.put(call, Moments.of(parts, guessed), position)
+        state.put(call, Moments.of(parts, guesses), position)
 
 
 def _run_on(state: State, call: Call, spread: Mapping[int, Tensor]) -> list[Tensor]:

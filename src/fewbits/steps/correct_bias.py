@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewbits.correction.bias import channel_mean, corrected_bias
+from fewbits.correction.bias import corrected_bias
 from fewbits.engine.context import UnitContext
 from fewbits.engine.layers import channel_axis
 from fewbits.engine.statistics import ChannelMean
 from fewbits.errors import FewbitsError
-from fewbits.graph.rules_moments import layer_moments
+from fewbits.graph.rules_moments import layer_mean
 from fewbits.graph.types import Site
 from fewbits.graph.weights import add_to_bias
 from fewbits.recipe import Step
@@ -33,22 +33,20 @@ class CorrectBiasByMoments(Step):
     def apply(self, unit: UnitContext) -> None:
         if _fitted(unit):
             return
-        graph, moments = unit.graph, unit.run.moments
+        graph, before = unit.graph, unit.run.mean_outputs
         for site in _layers(unit):
-            calls = [call for call in graph.calls if call.key == site.key]
-            if any(call.outputs[0] not in moments for call in calls):
-                continue
-            means, counts = [], []
-            for call in calls:  # a layer that runs several times: over all that it puts out
-                found = layer_moments(graph, unit.model, call, moments)
-                assert found is not None  # its output has moments, so its input has
-                out = call.outputs[0]
-                axis, shape = channel_axis(graph, out), graph.values[out].shape
-                means.append(torch.stack([channel_mean(m.expand(shape), axis) for m in (found[0], moments[out].mean)]))
-                counts.append(torch.Size(shape).numel() / shape[axis])
-            share = torch.tensor(counts, dtype=torch.float64) / sum(counts)
-            now, reference = (torch.stack(means) * share.view(-1, 1, 1)).sum(0)
-            _correct(unit, site, now, reference)
+            now, reference, count = torch.zeros(()), torch.zeros(()), 0
+            for call in graph.calls:  # a layer that runs several times: over all that it puts out
+                if call.key != site.key:
+                    continue
+                mean = layer_mean(graph, unit.model, call, unit.run.moments)
+                if mean is None:
+                    count = 0
+                    break
+                weight = torch.Size(graph.values[call.outputs[0]].shape).numel()
+                now, reference, count = now + weight * mean, reference + weight * before[call.index], count + weight
+            if count:
+                _correct(unit, site, now / count, reference / count)
 
 
 @dataclass(frozen=True)

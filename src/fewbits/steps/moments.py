@@ -13,8 +13,8 @@ from fewbits.engine.context import ModelContext
 from fewbits.engine.statistics import Bounds
 from fewbits.engine.tree import as_call, batch_size, to
 from fewbits.errors import FewbitsError
-from fewbits.graph.moments import Moments, between
-from fewbits.graph.rules_moments import propagate_moments
+from fewbits.graph.moments import MOST_GUESSES, Moments, between
+from fewbits.graph.rules_moments import layer_mean, propagate_moments
 from fewbits.graph.types import Site
 from fewbits.quantizer import Quantizer
 from fewbits.ranges import AbsMax, MinMax
@@ -25,8 +25,9 @@ from fewbits.recipe import QSpec, Step
 class PropagateMoments(Step):
     """Work out the moments of all values (`graph.moments`) of the model as the transforms left it.
 
-    They are kept in the run (`moments`) for steps that use them once weights are no longer what they were. `sigmas`:
-    how far from its mean a normal element is taken to reach. `input_range`: smallest and largest element of the model's
+    They are kept in the run (`moments`), and with them what each layer puts out on average (`mean_outputs`), for steps
+    that use them once weights are no longer what they were. `sigmas`: how far from its mean a normal element is taken
+    to reach. `input_range`: smallest and largest element of the model's
     inputs; by default what the run was told of them, if anything.
     """
 
@@ -49,8 +50,13 @@ class PropagateMoments(Step):
                 assert ends is not None
                 inputs[value] = between(*(end.double().view(1, -1, 1, 1) for end in ends))
         unit.run.moments = propagate_moments(unit.graph, unit.model, unit.run.norms, inputs, self.sigmas)
-        layers = [site for site in unit.weights() if site.op != "embedding"]
-        without = [site.name for site in layers if unit.graph.calls[site.call].outputs[0] not in unit.run.moments]
+        layers = {site.key: site.name for site in unit.weights() if site.op != "embedding"}
+        for call in unit.graph.calls:
+            mean = layer_mean(unit.graph, unit.model, call, unit.run.moments) if call.key in layers else None
+            if mean is not None:
+                unit.run.mean_outputs[call.index] = mean
+        reached = {unit.graph.calls[index].key for index in unit.run.mean_outputs}
+        without = [name for key, name in layers.items() if key not in reached]
         if without:
             unit.note(
                 f"batch-norm statistics reach {len(layers) - len(without)} of {len(layers)} layers; nothing follows "
@@ -85,7 +91,7 @@ class RangesFromMoments(Step):
             if not found:
                 unreached.append((site, spec))
                 continue
-            if any(moments.guessed for moments in found):
+            if any(0 < moments.guesses <= MOST_GUESSES for moments in found):
                 guessed.append(site.name)
             ends = [
                 (spec.granularity.reduce(m.low.expand(site.shape).float(), lambda block: block.amin(1)),
