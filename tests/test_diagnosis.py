@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -351,3 +352,32 @@ def test_probabilities_are_compared_along_the_last_axis() -> None:
     error = OutputError("kl")
     error.update(OutputError.reference("kl", exact), exact + 3)  # a shift of the logits changes no probability
     assert float(error.samples().max()) < 1e-6
+
+
+# -- does it help? -----------------------------------------------------------------------------------------------------
+def follow(folder: Path, model: str, bits: str, data: tuple[str, str], samples: int, measured: int) -> list[float]:
+    """The metric in floating point, quantized, and with the first suggestion followed; on data not diagnosed on."""
+    settings: dict[str, Any] = {"calib": data[0], "eval_data": data[1], "eval_samples": measured}
+    plain = fewbits.quantize_reference(model, "rtn", bits, out=folder / "plain", **settings)
+    found = diagnose_reference(folder / "plain", samples=samples, top=2)
+    changes = found["suggestions"][0]["option"].removeprefix("sites=")
+    better = fewbits.quantize_reference(
+        model, "rtn", bits, out=folder / "better", options={"sites": changes}, **settings
+    )
+    return [plain["metric_before"], plain["metric_after"], better["metric_after"]]
+
+
+def test_following_the_first_suggestion_helps_on_other_text(tmp_path: Path) -> None:
+    data = ("demo:text:calibration", "demo:text:evaluation")
+    exact, quantized, followed = follow(tmp_path, "demo:text", "W3A16", data, samples=3, measured=32)
+    assert exact < followed < quantized - 0.1 * (quantized - exact)  # perplexity
+
+
+@pytest.mark.slow
+def test_following_the_first_suggestion_helps_on_other_images(tmp_path: Path) -> None:
+    zoo, data = os.environ.get("FEWBITS_ZOO"), os.environ.get("FEWBITS_DATA")
+    if not zoo or not data:
+        pytest.skip("FEWBITS_ZOO or FEWBITS_DATA is unset: no trained model to follow the advice on")
+    files = (f"{data}/cifar10/calibration.parquet", f"{data}/cifar10/test.parquet")
+    exact, quantized, followed = follow(tmp_path, f"{zoo}/mobilenetv2_050", "W4A8", files, samples=16, measured=300)
+    assert quantized + 0.3 * (exact - quantized) < followed  # per cent of images

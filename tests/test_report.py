@@ -166,16 +166,16 @@ def test_the_terminal_tells_the_same(made: tuple[Path, dict[str, Any], dict[str,
 def test_quantize_can_report_at_once(tmp_path: Path) -> None:
     wanted = tmp_path / "page.html"
     arguments = ["--recipe", "rtn", "--bits", "W4A16", "--out", tmp_path / "made"]
-    assert "a report needs data" in refused("quantize", "demo:text", *arguments, "--report")
+    assert "a report needs data" in refused("quantize", "demo:digits", *arguments, "--report")
     assert not (tmp_path / "made").exists()
-    result = run("quantize", "demo:text", *arguments, "--report", "--json", "--calib", "demo:text", "--samples", 4)
+    result = run("quantize", "demo:digits", *arguments, "--report", "--json", "--calib", "demo:digits", "--samples", 4)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["page"] == str(tmp_path / "made" / "report.html")
-    assert "perplexity" in (tmp_path / "made" / "report.html").read_text()
+    assert "top1" in (tmp_path / "made" / "report.html").read_text()
     assert fewbits.load(tmp_path / "made").kind == "demo"  # the page does not disturb the checkpoint
     result = run("report", tmp_path / "made", "--samples", 2, "--top", 1, "--out", wanted)
     assert result.exit_code == 0 and wanted.is_file() and str(wanted) in result.stdout
-    assert "no checkpoint" in refused("report", "demo:text")
+    assert "no checkpoint" in refused("report", "demo:digits")
     assert "its folder does not exist" in refused("report", tmp_path / "made", "--out", tmp_path / "no" / "x.html")
     assert not list(tmp_path.glob(".*"))
 
