@@ -157,6 +157,9 @@ def _local(cells: list[Cell], device: str, jobs: int) -> Iterator[Row]:
 
 
 def _ray(cells: list[Cell], device: str, jobs: int, address: str) -> Iterator[Row]:
+    # Under `uv run` Ray would start its workers by the same command in a copy of the folder; this environment is all
+    # they need. Ray reads the variable when it is imported.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
     except ImportError as error:
@@ -164,8 +167,6 @@ def _ray(cells: list[Cell], device: str, jobs: int, address: str) -> Iterator[Ro
     if "," in device:
         raise FewbitsError(f"device {device!r}: Ray deals out the cards itself; give `cuda`")
     share = {"num_gpus": 1 / jobs, "num_cpus": 0} if device.startswith("cuda") else {"num_cpus": 1}
-    # Under `uv run` Ray would start its workers by the same command; this environment is all they need.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     started = not ray.is_initialized()
     if started:
         ray.init(

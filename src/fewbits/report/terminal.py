@@ -57,7 +57,7 @@ def diagnosed(found: dict[str, Any], console: Console) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     by_name = {site["site"]: site for site in found["sites"]}
     table = Table(title="sites that hurt most", title_justify="left")
-    for column in ("#", "site", "grid", "should win", "error alone", "tensor", "layer", "in the whole"):
+    for column in ("#", "site", "grid", "expected gain", "error alone", "tensor", "layer", "in the whole"):
         table.add_column(column, justify="left" if column == "site" else "right", overflow="fold")
     for place, name in enumerate(found["ranking"][:10], start=1):
         site = by_name[name]
