@@ -1,4 +1,4 @@
-"""The command line: `fewbits quantize | eval | report | diagnose | inspect | papers | bench`, all of it thin.
+"""The command line: `fewbits quantize | eval | export | report | diagnose | inspect | papers | bench`, all of it thin.
 
 Errors are one red line on standard error and exit code 2; FEWBITS_DEBUG=1 shows the traceback. With `--json` exactly
 one JSON object goes to standard output.
@@ -30,6 +30,7 @@ from fewbits.commands import (
 )
 from fewbits.diagnosis.command import diagnose, report
 from fewbits.errors import FewbitsError
+from fewbits.export.command import export
 
 
 class _Group(TyperGroup):
@@ -60,6 +61,7 @@ papers_app = typer.Typer(
 )
 app.add_typer(papers_app, name="papers")
 app.command("bench")(bench)
+app.command("export")(export)
 app.command("report")(report)
 app.command("diagnose")(diagnose)
 
@@ -120,6 +122,15 @@ def _quantize(
         int | None, typer.Option("--eval-samples", help="The first so many; by default all.", show_default=False)
     ] = None,
     settings: Settings = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="RUNTIME",
+            help="Grids that this runtime has: onnxruntime, openvino, compressed-tensors, gptq, awq, gguf, torch.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Calibration samples and everything random in the recipe.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -137,6 +148,8 @@ def _quantize(
 ) -> None:
     """Quantize a model and write the checkpoint."""
     options = parsed(settings)
+    if target is not None:
+        options.setdefault("target", target)
     from fewbits.workflow import quantize_reference
 
     made = quantize_reference(

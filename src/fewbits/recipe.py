@@ -143,12 +143,14 @@ class Scheme:
     """Which sites get which grid. The last rule that covers a site decides; a site without one stays floating point.
 
     `changes` are the user's: they modify, in order, whatever grid the rules or a step of the recipe put at a site.
+    Last, `target` (a name of `fewbits.targets`) gives each grid the policies that this runtime has.
     """
 
     weights: tuple[Rule, ...] = ()
     activations: tuple[Rule, ...] = ()
     overrides: tuple[Rule, ...] = ()
     changes: tuple[Change, ...] = ()
+    target: str = ""
 
     def spec(self, site: Site) -> QSpec | None:
         found: QSpec | None = None
@@ -158,20 +160,26 @@ class Scheme:
         return self.changed(site, found)
 
     def changed(self, site: Site, spec: QSpec | None) -> QSpec | None:
-        """A grid for the site as the user's changes leave it."""
+        """A grid for the site as the user's changes and the target leave it."""
         for change in self.changes:
             if spec is not None and change.covers(site):
                 spec = change.apply(spec, site)
+        if spec is not None and self.target:
+            from fewbits.targets import load_profile
+
+            spec = load_profile(self.target).fit(spec, site)
         return spec
 
     def to_dict(self) -> dict[str, Any]:
         parts = ("weights", "activations", "overrides", "changes")
-        return {name: [item.to_dict() for item in getattr(self, name)] for name in parts}
+        lists = {name: [item.to_dict() for item in getattr(self, name)] for name in parts}
+        return {**lists, "target": self.target} if self.target else lists
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scheme:
         parts: dict[str, Any] = {"weights": Rule, "activations": Rule, "overrides": Rule, "changes": Change}
-        return cls(*(tuple(kind.from_dict(item) for item in data.get(name, ())) for name, kind in parts.items()))
+        lists = {name: tuple(kind.from_dict(item) for item in data.get(name, ())) for name, kind in parts.items()}
+        return cls(**lists, target=str(data.get("target", "")))
 
 
 class Step:

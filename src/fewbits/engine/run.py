@@ -431,6 +431,7 @@ class Run:
         context = ModelContext(self)
         for step in self.recipe.steps:
             step.prepare(self.graph, self.units)
+        self._check_target()
         covered = [*context.weights(), *context.activations()]
         if not covered:
             raise FewbitsError(f"{self.recipe.name}: the scheme covers no site of this model; see `fewbits inspect`")
@@ -459,6 +460,19 @@ class Run:
                     f"sites={change}: {self.recipe.name} quantizes no site of that name"
                     f"{'; did you mean ' + ' or '.join(near) + '?' if near else ''}; `fewbits inspect` lists them"
                 )
+
+    def _check_target(self) -> None:
+        """The target, where the scheme names one, must have a grid for every site."""
+        scheme = self.recipe.scheme
+        if not scheme.target:
+            return
+        from fewbits.targets import load_profile, refusals
+
+        free = dataclasses.replace(scheme, target="")
+        specs = [(site, spec) for site in self.graph.sites.values() if (spec := free.spec(site)) is not None]
+        found = refusals(load_profile(scheme.target), specs)
+        if found:
+            raise FewbitsError(f"{self.recipe.name} {self.recipe.bits}: {found}")
 
     def _check_complete(self) -> None:
         """Every activation site of the scheme, and every weight site in a unit, must carry a quantizer now."""

@@ -23,6 +23,7 @@ COMMON_OPTIONS: dict[str, tuple[type, Any, str]] = {
     "exclude": (str, "", "globs of site names kept in floating point, separated by commas"),
     "sites": (str, "", "changes at named sites, GLOB:WORD[+WORD] separated by commas: blocks.0.mlp.*:8"),
     "first_last_bits": (int, 0, "bits of the first and last layer's weights and inputs (0: as the recipe says)"),
+    "target": (str, "", "runtime whose grids the recipe is fitted to: onnxruntime, compressed-tensors, gguf ..."),
     "regime": (str, "", "parallel, sequential or true_sequential ('': as the recipe says)"),
     "samples": (int, 0, "calibration samples (0: as the recipe says)"),
 }
@@ -146,6 +147,7 @@ def _apply_common(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     from fewbits.changes import parse_changes
     from fewbits.papers.common import at_bits
     from fewbits.recipe import Rule
+    from fewbits.targets.plan import calibrated, plan
 
     if not options:
         return recipe
@@ -169,9 +171,13 @@ def _apply_common(recipe: Recipe, options: dict[str, Any]) -> Recipe:
         calibration = dataclasses.replace(calibration, regime=options["regime"])
     if options.get("samples"):
         calibration = dataclasses.replace(calibration, samples=options["samples"])
-    return dataclasses.replace(
+    changes = parse_changes(options.get("sites", ""))
+    changed = dataclasses.replace(
         recipe,
-        scheme=dataclasses.replace(scheme, overrides=tuple(overrides), changes=parse_changes(options.get("sites", ""))),
+        scheme=dataclasses.replace(scheme, overrides=tuple(overrides), changes=changes),
         calibration=calibration,
         options={**recipe.options, **options},
     )
+    if any("static" in change.words for change in changes):
+        changed = calibrated(changed)
+    return plan(changed, options["target"]) if options.get("target") else changed

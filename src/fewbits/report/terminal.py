@@ -41,6 +41,22 @@ def quantized(report: dict[str, Any], console: Console) -> None:
         console.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
 
 
+def exported(report: dict[str, Any], console: Console) -> None:
+    """Where the files lie, and how the runtime that loads them answers."""
+    lines = [f"{report['checkpoint']} as {report['target']}: {size(report['bytes'])}, written to {report['out']}"]
+    for found in report["comparison"] or ():
+        agreement = found.get("agreement")
+        same = "" if agreement is None else f"same top-1 answer {100 * agreement:.2f} %, "
+        lines.append(
+            f"{found['runtime']}: {same}outputs differ by at most {number(found['difference'])} of "
+            f"{number(found['scale'])}, on {found['samples']} samples"
+        )
+    if report["comparison"] is None:
+        lines.append("not reloaded (--no-check)")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 def diagnosed(found: dict[str, Any], console: Console) -> None:
     """The sites that hurt most, then what to do about them."""
     from rich.table import Table
