@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from fewbits.bench.leaderboard import leaderboard
 from fewbits.bench.matrix import Cell, load_matrix
-from fewbits.bench.run import ROWS, read_rows, run_matrix
+from fewbits.bench.run import ROWS, read_rows, run_cell, run_matrix
 from fewbits.bench.tables import cost_table, entries, markdown
 from fewbits.errors import FewbitsError
 
@@ -83,6 +84,14 @@ def test_a_matrix_runs_once_and_a_failed_cell_is_a_row(tmp_path: Path) -> None:
     assert 8 < fine["size"]["bits_per_weight"] < 10 and 2 < gptq["size"]["bits_per_weight"] < 4
     for name in ("bytes_after", "seconds", "peak_memory_bytes", "seed", "machine", "calibration", "versions"):
         assert fine[name] is not None
+    # the float model is measured once, and what was kept is used
+    (kept,) = (tmp_path / "out" / "float").iterdir()
+    held = json.loads(kept.read_text())
+    held["measured"]["value"] = 12.5
+    kept.write_text(json.dumps(held))
+    cell = matrix.cells[-1]
+    assert run_cell(cell, "cpu", str(tmp_path / "out" / "float"))["metric_before"] == 12.5
+    assert run_cell(replace(cell, eval_samples=32), "cpu", str(tmp_path / "out" / "float"))["metric_before"] > 90
     again = run_matrix(matrix, tmp_path / "out", on_row=lambda *_: pytest.fail("ran again"))
     assert again == rows
     retried: list[Any] = []

@@ -143,6 +143,10 @@ def _quantize(
     with_report: Annotated[
         bool, typer.Option("--report", help="Also write DIR/report.html: where the accuracy went (fewbits report).")
     ] = False,
+    float_metric: Annotated[
+        str | None,
+        typer.Option("--float-metric", metavar="FILE", help="Keeps the metric before, for further runs.", hidden=True),
+    ] = None,
     code: Code = None,
     json_output: Json = False,
 ) -> None:
@@ -172,6 +176,7 @@ def _quantize(
         code_module=code,
         show_progress=True,
         with_report=with_report,
+        float_metric=float_metric,
     )
     show(made, json_output, "quantized")
 

@@ -51,6 +51,7 @@ def quantize_reference(
     resume: bool = False,
     code_module: str | None = None,
     with_report: bool = False,
+    float_metric: str | Path | None = None,
     show_progress: bool = False,
 ) -> dict[str, Any]:
     """Load a model, measure it, quantize it, measure it again and write the checkpoint to `out`.
@@ -68,6 +69,7 @@ def quantize_reference(
         eval_samples: the first so many of `eval_data`; all by default.
         seed: calibration samples and everything random in the recipe. The evaluation does not depend on it.
         with_report: also diagnose the result and write `report.html` into `out` (`fewbits report`).
+        float_metric: a JSON file that keeps the float model's metric for further runs on the same model and data.
 
     Returns:
         JSON-able: model, recipe, bits, options, bytes_before, bytes_after, size (`engine.size.summary`), metric,
@@ -119,7 +121,8 @@ def quantize_reference(
         calibration = _calibration(loaded, built, calib, samples, seed, batch_size, seqlen)
         evaluation = _evaluation(loaded, eval_data, eval_samples, batch_size, seqlen)
         bytes_before = _model_bytes(loaded.model)
-        before = _measure_once(work, loaded, evaluation, task, device, show_progress)
+        float_file = work / "float.json" if float_metric is None else Path(float_metric).expanduser()
+        before = _measure_once(float_file, loaded, evaluation, task, device, show_progress)
         result = _quantize(loaded, built, calibration, seed, device, work / "units", resume, show_progress)
         after = _measure(loaded, evaluation, task, device, show_progress, "evaluating the quantized model")
         report: dict[str, Any] = {
@@ -381,18 +384,19 @@ def _measure(
 
 
 def _measure_once(
-    work: Path, loaded: LoadedModel, data: Data | None, task: str | None, device: str, show: bool
+    file: Path, loaded: LoadedModel, data: Data | None, task: str | None, device: str, show: bool
 ) -> dict[str, Any] | None:
-    """The float model's metric; a resumed run takes it from the work folder, if it was measured on the same data."""
+    """The float model's metric; kept in `file` and taken from there where model, data and device are the same."""
     if data is None:
         return None
-    file = work / "float.json"
     wanted = {"task": task, "domain": data.domain, **data.description}
+    wanted |= {"model": loaded.ref, "dtype": str(loaded.dtype), "device": device.partition(":")[0]}
     if file.is_file():
         kept = json.loads(file.read_text())
         if kept["wanted"] == wanted:
             return kept["measured"]
     measured = _measure(loaded, data, task, device, show, "evaluating the float model")
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"wanted": wanted, "measured": measured})
     return measured
 

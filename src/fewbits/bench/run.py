@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -28,10 +29,11 @@ _TAKEN = (
 )  # fmt: skip
 
 
-def run_cell(cell: Cell, device: str) -> Row:
+def run_cell(cell: Cell, device: str, kept: str | None = None) -> Row:
     """Quantize and measure in a fresh process; what went wrong is a row too.
 
-    A process of its own gives an honest peak of memory, and a crash costs one row.
+    A process of its own gives an honest peak of memory, and a crash costs one row. `kept` is a folder for the float
+    models' metrics, each of which is measured once.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fewbits-bench-") as folder:
@@ -43,6 +45,10 @@ def run_cell(cell: Cell, device: str) -> Row:
         ):  # fmt: skip
             if value is not None:
                 line += [flag, str(value)]
+        if kept is not None and cell.eval_data is not None:
+            place = (cell.ref, cell.eval_data, cell.eval_samples, cell.seqlen, device.partition(":")[0])
+            name = hashlib.sha256(repr(place).encode()).hexdigest()[:16]
+            line += ["--float-metric", str(Path(kept) / f"{name}.json")]
         for key, value in cell.options.items():
             line += ["--set", f"{key}={value}"]
         ran = subprocess.run(line, capture_output=True, text=True, check=False)
@@ -105,7 +111,11 @@ def run_matrix(
     todo = [cell for cell in matrix.cells if cell.key not in kept]
     done = len(matrix.cells) - len(todo)
     todo.sort(key=_short)  # what takes long starts first, so that nothing long is left alone at the end
-    place = _local(todo, matrix.device, jobs) if ray_address is None else _ray(todo, matrix.device, jobs, ray_address)
+    floats = str((out / "float").absolute())
+    if ray_address is None:
+        place = _local(todo, matrix.device, jobs, floats)
+    else:
+        place = _ray(todo, matrix.device, jobs, floats, ray_address)
     with file.open("a", encoding="utf-8") as handle:
         for row in place:
             kept[row["key"]] = row
@@ -135,7 +145,7 @@ def _write_rows(file: Path, rows: Iterable[Row]) -> None:
     os.replace(temporary, file)
 
 
-def _local(cells: list[Cell], device: str, jobs: int) -> Iterator[Row]:
+def _local(cells: list[Cell], device: str, jobs: int, floats: str) -> Iterator[Row]:
     free: Queue[str] = Queue()
     devices = device.split(",")
     for number in range(max(jobs, len(devices))):
@@ -144,7 +154,7 @@ def _local(cells: list[Cell], device: str, jobs: int) -> Iterator[Row]:
     def work(cell: Cell) -> Row:
         taken = free.get()
         try:
-            return run_cell(cell, taken)
+            return run_cell(cell, taken, floats)
         finally:
             free.put(taken)
 
@@ -156,7 +166,7 @@ def _local(cells: list[Cell], device: str, jobs: int) -> Iterator[Row]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _ray(cells: list[Cell], device: str, jobs: int, address: str) -> Iterator[Row]:
+def _ray(cells: list[Cell], device: str, jobs: int, floats: str, address: str) -> Iterator[Row]:
     # Under `uv run` Ray would start its workers by the same command in a copy of the folder; this environment is all
     # they need. Ray reads the variable when it is imported.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -175,7 +185,7 @@ def _ray(cells: list[Cell], device: str, jobs: int, address: str) -> Iterator[Ro
         )  # fmt: skip
     try:
         remote = ray.remote(max_retries=2, **share)(run_cell)
-        waiting = [remote.remote(cell, device) for cell in cells]
+        waiting = [remote.remote(cell, device, floats) for cell in cells]
         while waiting:
             ready, waiting = ray.wait(waiting)
             for reference in ready:

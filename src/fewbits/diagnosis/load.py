@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewbits.attach import attachment_of
 from fewbits.diagnosis.bench import Subject
@@ -19,6 +17,7 @@ from fewbits.engine.gradients import first_output
 from fewbits.engine.tree import as_call, to
 from fewbits.errors import FewbitsError
 from fewbits.graph import operands, record
+from fewbits.graph.record import without_cache
 from fewbits.graph.types import Graph
 from fewbits.hub import checkpoint
 from fewbits.hub.data import Batch, Data, load_data
@@ -188,23 +187,9 @@ def _calibration(loaded: LoadedModel, recipe: Recipe, report: dict[str, Any]) ->
     return list(data.batches())
 
 
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Key-value caches off: a recorded forward must not hold one."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before:
-        config.use_cache = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        if before:
-            config.use_cache = before  # type: ignore[union-attr]
-
-
 def _recorded(loaded: LoadedModel) -> Graph:
     args, kwargs = as_call(loaded.example_batch(1))
-    with _without_cache(loaded.model):
+    with without_cache(loaded.model):
         return record(loaded.model, *args, **kwargs)
 
 

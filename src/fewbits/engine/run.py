@@ -31,6 +31,7 @@ from fewbits.engine.tree import Batch, as_call, batch_size, map_tensors, share, 
 from fewbits.errors import FewbitsError
 from fewbits.graph import record
 from fewbits.graph.moments import Moments, NormStatistics
+from fewbits.graph.record import without_cache
 from fewbits.graph.types import Graph, Site, Unit
 from fewbits.graph.units import find_units
 from fewbits.recipe import QSpec, Recipe, Step
@@ -171,7 +172,7 @@ class Run:
             raise FewbitsError(
                 f"{recipe.name}: a step that needs the whole model at once cannot run on streamed weights"
             )
-        with _without_cache(model):
+        with without_cache(model):
             args, kwargs = as_call(to(self.example, "meta" if self.streamed else device))
             self.graph = record(model, *args, **kwargs)
         self.units = find_units(self.graph, units) if units is not None else self.graph.units
@@ -218,7 +219,7 @@ class Run:
         try:
             with (
                 torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
-                _without_cache(self.model),
+                without_cache(self.model),
             ):
                 torch.manual_seed(self.seed)
                 with torch.no_grad():
@@ -507,17 +508,3 @@ def outside(
 def _first_sample(batch: Batch) -> Batch:
     size = batch_size(batch)
     return map_tensors(lambda t: t[:1] if t.dim() and t.shape[0] == size else t, batch)
-
-
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Key-value caches off: a cached unit could not be run twice on the same inputs."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before:
-        config.use_cache = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        if before:
-            config.use_cache = before  # type: ignore[union-attr]

@@ -431,3 +431,17 @@ def _address(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
         return 0
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Key-value caches off: a recorded forward must not hold one, and a cached unit could not be run twice."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        if before:
+            config.use_cache = before  # type: ignore[union-attr]

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fewbits.formats import PerTensor, raw_affine
-from fewbits.papers.common import HEAD, at_bits, input_rules, weight_rules
+from fewbits.papers.common import HEAD, block_rules, edge_rules, weight_rules
 from fewbits.ranges import ShrinkSearch
 from fewbits.recipe import Bits, Calibration, QSpec, Recipe, Rule, Scheme, Step
 from fewbits.steps.batchnorm import FoldBatchNorm
@@ -55,21 +55,8 @@ def recipe(
     if bits.activation is not None:
         spec = QSpec(raw_affine(bits.activation), PerTensor(), search)
         steps = (*steps, CalibrateInline(samples=64, weights=False, late=True), LearnSteps(iters_a, batch, lr))
-        if placement == "inputs":
-            activations = input_rules(spec, without=HEAD | {"first_layer"})
-        else:
-            activations = (
-                Rule(spec, roles=("output",), tags=frozenset({"layer_output"}), without=HEAD),
-                Rule(spec, roles=("input", "lhs", "rhs"), tags=frozenset({"bare_input"}), without=HEAD),
-            )
-    overrides: tuple[Rule, ...] = ()
-    if edges_8bit:
-        overrides = tuple(
-            Rule(at_bits(rule.spec, 8), rule.roles, rule.sites, rule.tags | {edge}, rule.without)
-            for rule in (*weights, *activations)
-            for edge in ("first_layer", "last_layer")
-            if rule.spec is not None
-        )
+        activations = block_rules(spec, placement)
+    overrides = edge_rules((*weights, *activations), ("first_layer", "last_layer"), 8) if edges_8bit else ()
     return Recipe(
         "brecq",
         bits,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from fewbits.formats import Format, Granularity, PerChannel, PerGroup, PerToken, symmetric
 from fewbits.ranges import AbsMax, Range
 from fewbits.recipe import Bits, QSpec, Rule
@@ -41,6 +44,30 @@ def input_rules(spec: QSpec, *, matmuls: bool = True, without: frozenset[str] = 
     if matmuls:
         rules.append(Rule(spec, roles=("lhs", "rhs"), tags=frozenset({"matmul_operand"}), without=without))
     return tuple(rules)
+
+
+def block_rules(spec: QSpec, placement: str) -> tuple[Rule, ...]:
+    """Where block reconstruction puts activation quantizers.
+
+    "outputs": outputs of layers and blocks, with what such an output does not feed at the input. "inputs": inputs of
+    layers and attention products but the first layer's.
+    """
+    if placement == "inputs":
+        return input_rules(spec, without=HEAD | {"first_layer"})
+    return (
+        Rule(spec, roles=("output",), tags=frozenset({"layer_output"}), without=HEAD),
+        Rule(spec, roles=("input", "lhs", "rhs"), tags=frozenset({"bare_input"}), without=HEAD),
+    )
+
+
+def edge_rules(rules: Iterable[Rule], edges: Iterable[str], bits: int) -> tuple[Rule, ...]:
+    """The rules once more for sites that also bear a tag of `edges` ("first_layer", "last_layer"), at other bits."""
+    return tuple(
+        replace(rule, spec=at_bits(rule.spec, bits), tags=rule.tags | {edge})
+        for rule in rules
+        for edge in edges
+        if rule.spec is not None
+    )
 
 
 def at_bits(spec: QSpec, bits: int) -> QSpec:

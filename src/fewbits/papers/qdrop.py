@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fewbits.formats import PerTensor, Uniform, affine
-from fewbits.papers.common import HEAD, at_bits, input_rules, weight_rules
+from fewbits.papers.common import HEAD, block_rules, edge_rules, weight_rules
 from fewbits.ranges import JointSearch
 from fewbits.recipe import Bits, Calibration, QSpec, Recipe, Rule, Scheme, Step
 from fewbits.steps.batchnorm import FoldBatchNorm
@@ -65,21 +65,10 @@ def recipe(
     if bits.activation is not None:
         spec = QSpec(_grid(bits.activation), PerTensor(), search)
         steps = (*steps, CalibrateActivations(observe, stream="float"))
-        if placement == "inputs":
-            activations = input_rules(spec, without=HEAD | {"first_layer"})
-        else:
-            activations = (
-                Rule(spec, roles=("output",), tags=frozenset({"layer_output"}), without=HEAD),
-                Rule(spec, roles=("input", "lhs", "rhs"), tags=frozenset({"bare_input"}), without=HEAD),
-            )
+        activations = block_rules(spec, placement)
     if edges_8bit:
-        edges = [(rule, edge) for rule in weights for edge in ("first_layer", "last_layer")]
-        edges += [(rule, edge) for rule in activations for edge in ("feeds_last_layer", "last_layer")]
-        overrides = tuple(
-            Rule(at_bits(rule.spec, 8), rule.roles, rule.sites, rule.tags | {edge}, rule.without)
-            for rule, edge in edges
-            if rule.spec is not None
-        )
+        overrides = edge_rules(weights, ("first_layer", "last_layer"), 8)
+        overrides += edge_rules(activations, ("feeds_last_layer", "last_layer"), 8)
     return Recipe(
         "qdrop",
         bits,

@@ -145,7 +145,7 @@ def _apply_common(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     import dataclasses
 
     from fewbits.changes import parse_changes
-    from fewbits.papers.common import at_bits
+    from fewbits.papers.common import edge_rules
     from fewbits.recipe import Rule
     from fewbits.targets.plan import calibrated, plan
 
@@ -158,13 +158,7 @@ def _apply_common(recipe: Recipe, options: dict[str, Any]) -> Recipe:
         if not 2 <= bits <= 8:
             raise FewbitsError(f"first_last_bits={bits}: choose 2 to 8")
         for field in ("weights", "activations"):
-            rules = getattr(scheme, field)
-            for tag in ("first_layer", "last_layer"):
-                overrides += [
-                    dataclasses.replace(rule, spec=at_bits(rule.spec, bits), tags=rule.tags | {tag})
-                    for rule in rules
-                    if rule.spec is not None
-                ]
+            overrides += edge_rules(getattr(scheme, field), ("first_layer", "last_layer"), bits)
     overrides += [Rule(None, sites=glob.strip()) for glob in options.get("exclude", "").split(",") if glob.strip()]
     calibration = recipe.calibration
     if options.get("regime"):
