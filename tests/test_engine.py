@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from fewbits.formats import PerTensor
 from fewbits.graph import record
 from fewbits.papers import build_recipe
 from fewbits.recipe import Recipe, Step
+from fewbits.steps.gptq import ColumnSolver
 
 MODELS = {"encoder": (encoder, tokens), "skipnet": (skipnet, images)}
 
@@ -325,3 +328,32 @@ def test_rows_of_a_convolution_are_taken_all_over_the_image_however_they_are_bat
     whole = kept(16)
     assert whole.shape == (1, 64, 2) and torch.equal(whole, kept(4))
     assert torch.bincount(whole[0, :, 0].long(), minlength=8).min() >= 4, "16 = 2 x 8 steps would see one column only"
+
+
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [("W3A16", {}), ("W4A16g8", {}), ("W3A16g8", {"act_order": True}), ("W4A16g8", {"static_groups": True})],
+)
+def test_weights_on_one_input_are_solved_as_one_with_the_same_codes(
+    bits: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries, keys and values share a Hessian: one factorisation, one sweep, and what each would get alone."""
+    gptq_rounding = importlib.import_module("fewbits.rounding.gptq")  # the package names its function the same
+    factorised: list[int] = []
+    factor = gptq_rounding.inverse_factor
+
+    def counting(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+        factorised.append(h.shape[-1])
+        return factor(h, damping)
+
+    monkeypatch.setattr(gptq_rounding, "inverse_factor", counting)
+    recipe = build_recipe("gptq", bits, options)
+    stacked = quantize(encoder(), recipe, tokens(16)).attachment
+    together = len(factorised)
+    monkeypatch.setattr(ColumnSolver, "stacks", False)
+    alone = quantize(encoder(), recipe, tokens(16)).attachment
+    assert len(factorised) - together > together
+    assert stacked.codes.keys() == alone.codes.keys() and stacked.group_index.keys() == alone.group_index.keys()
+    for name, codes in alone.codes.items():
+        assert float((stacked.codes[name] != codes).float().mean()) < 0.01, name  # products of other sizes round apart
+        assert stacked.decoded(name).shape == alone.decoded(name).shape

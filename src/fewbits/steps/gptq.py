@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class ColumnSolver(Step):
     part: ClassVar[str] = "rounding"
     stage: ClassVar[int] = 40
     streams: ClassVar[frozenset[str]] = frozenset({"prefix"})
+    #: Whether weights on one input may be solved as one; not where `kept` looks at each.
+    stacks: ClassVar[bool] = True
 
     def apply(self, unit: UnitContext) -> None:
         sites = unit.weights()
@@ -88,12 +90,23 @@ class ColumnSolver(Step):
     def _solve(self, unit: UnitContext, sites: list[Site]) -> None:
         hessians = {site.name: Hessian(site, unit.graph.calls[site.call], unit.device) for site in sites}
         unit.gather({unit.input_of(site).name: [hessians[site.name]] for site in sites})
-        for site in sites:
-            hessian = hessians[site.name].value()
-            weight = unit.weight(site)
+        for group in self._stacks(unit, sites, hessians):
+            hessian = hessians[group[0].name].value()
+            weights = [unit.weight(site) for site in group]
             if hessian.dim() == 3:  # a grouped convolution: one problem per group, all at once
-                weight = weight.unflatten(0, (hessian.shape[0], -1))
-            self._commit(unit, site, weight, hessian)
+                weights = [weights[0].unflatten(0, (hessian.shape[0], -1))]
+            self._commit(unit, group, weights, hessian)
+
+    def _stacks(self, unit: UnitContext, sites: list[Site], hessians: dict[str, Hessian]) -> list[list[Site]]:
+        """Weights that are solved as one: rows do not see each other, so those on one input and grid share the
+        factorisation of its Hessian and the sweep."""
+        stacks: dict[Any, list[Site]] = {}
+        for site in sites:
+            spec, hessian = unit.spec(site), hessians[site.name].value()
+            assert spec is not None
+            alone = not self.stacks or hessian.dim() == 3 or spec.range.at_output
+            stacks.setdefault(site.name if alone else (hessian.data_ptr(), spec), []).append(site)
+        return list(stacks.values())
 
     def kept(self, unit: UnitContext, site: Site, weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor | None]:
         """Columns to keep in full precision, int64 [k], and what act-order sorts by [columns] (None: H's diagonal)."""
@@ -103,8 +116,9 @@ class ColumnSolver(Step):
         """What fits the grid of a weight that keeps these columns."""
         return spec.range
 
-    def _commit(self, unit: UnitContext, site: Site, weight: Tensor, hessian: Tensor) -> None:
-        """Solve one weight [out, in], or [groups, out, in] with one Hessian each, and commit it."""
+    def _commit(self, unit: UnitContext, sites: list[Site], weights: list[Tensor], hessian: Tensor) -> None:
+        """Solve and commit weights [out, in] of one input, or one [groups, out, in] with a Hessian for each group."""
+        site, weight = sites[0], torch.cat(weights, -2)
         spec = unit.spec(site)
         assert spec is not None
         held = fitted(unit, site) if spec.range.at_output else None
@@ -148,15 +162,23 @@ class ColumnSolver(Step):
         if held is not None:
             params = held.params
         parts = [Columns(kept.cpu(), rounded[:, kept].float().cpu())] if len(kept) else []
-        unit.quantize_weight(site, codes, params, index, parts)
-        if bool(solution.no_data.all()):
-            unit.note(f"{site.name}: no calibration data reached it, rounded to nearest")
-        elif bool(solution.no_data.any()):
-            dead, of = int(solution.no_data.sum()), solution.no_data.numel()
-            unit.note(f"{site.name}: {dead} of {of} groups read only zeros and are rounded to nearest")
+        if len(sites) == 1:
+            unit.quantize_weight(site, codes, params, index, parts)
+        else:
+            start = 0
+            for one, part in zip(sites, weights, strict=True):
+                rows = slice(start, start := start + len(part))
+                own = {name: value[..., rows, :] if value.dim() > 1 else value for name, value in params.items()}
+                unit.quantize_weight(one, codes[rows], own, index, [])
         worst = float(solution.damping.max())
-        if worst > self.damping * 1.5:
-            unit.note(f"{site.name}: damping raised to {worst:g} for the Hessian to factorise")
+        for one in sites:
+            if bool(solution.no_data.all()):
+                unit.note(f"{one.name}: no calibration data reached it, rounded to nearest")
+            elif bool(solution.no_data.any()):
+                dead, of = int(solution.no_data.sum()), solution.no_data.numel()
+                unit.note(f"{one.name}: {dead} of {of} groups read only zeros and are rounded to nearest")
+            if worst > self.damping * 1.5:
+                unit.note(f"{one.name}: damping raised to {worst:g} for the Hessian to factorise")
 
     def statistics_bytes(self, graph: Graph, unit: Unit) -> int:
         total = 0

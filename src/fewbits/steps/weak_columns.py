@@ -43,6 +43,8 @@ class WeakColumnSolver(ColumnSolver):
     ranking: Range = field(default_factory=lambda: JointSearch(num=40))
     bare: Range | None = None
 
+    stacks: ClassVar[bool] = False
+
     part: ClassVar[str] = "rounding"
 
     def kept(self, unit: UnitContext, site: Site, weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor | None]:
