@@ -12,6 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+if not os.path.exists("/dev/nvidiactl"):  # no GPU: Triton kernels run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 from hypothesis import HealthCheck, settings
 

@@ -8,6 +8,7 @@ kept in full precision at the end of that order, where they take up the error of
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
-from fewbits.formats import Format, Params, ParamSpec, PerChannel, PerTensor
+from fewbits.formats import Format, Params, ParamSpec, PerChannel, PerTensor, Uniform
 from fewbits.rounding.precision import full_float32
 
 if TYPE_CHECKING:
@@ -241,30 +242,13 @@ def _sweep(
     rounded: list[Tensor] = []
     codes: list[Tensor] = []
     loss = w.new_zeros(batch)
+    fused = fuses(grid.fmt, w)
     for start in range(0, stop_at, block_size):
         end = min(start + block_size, stop_at)
-        block = w[:, start:end].clone()
-        errors = torch.empty_like(block)
-        for i in range(end - start):
-            at = start + i
-            if grid.starts_group(at):
-                stop = min(at + grid.width, stop_at)
-                if stale:
-                    fresh = w[:, at:stop]
-                else:
-                    # Columns past this block still lack the block's errors: bring just those up to date.
-                    beyond = w[:, end:stop] - u[:, start:at, end:stop].transpose(1, 2) @ errors[:, :i]
-                    fresh = torch.cat([block[:, i : stop - start], beyond], 1)
-                grid.grow(fresh.transpose(1, 2))
-            params = grid.column(at, order, out)
-            column = block[:, i].reshape(-1, 1)
-            code = grid.fmt.encode(column, params)
-            q = grid.fmt.decode(code, params)
-            error = (column - q).view(batch, out) / u[:, at, at, None]
-            block[:, i + 1 :].addcmul_(u[:, at, at + 1 : end, None], error[:, None, :], value=-1)
-            errors[:, i] = error
-            rounded.append(q)
-            codes.append(code)
+        solve = _solve_block if fused and grid.known(start, end, stale) else _walk_block
+        values, found, errors = solve(w, u, grid, order, start, end, stale, stop_at)
+        rounded += values
+        codes += found
         loss += errors.square().sum((1, 2)) / 2
         w[:, end:].baddbmm_(u[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
     if grid.table is None and not grid.grown:  # every column is kept
@@ -274,6 +258,79 @@ def _sweep(
         rounded.append(column)
         codes.append(grid.fmt.encode(torch.zeros_like(column), grid.column(at, order, out)))
     return torch.cat(rounded, 1).view(batch, out, columns), torch.cat(codes, 1).view(batch, out, columns), loss
+
+
+_Block = tuple[list[Tensor], list[Tensor], Tensor]
+
+
+def _walk_block(
+    w: Tensor, u: Tensor, grid: _Grid, order: Tensor | None, start: int, end: int, stale: bool, stop_at: int
+) -> _Block:
+    """Round columns start to end of w [batch, in, out], one after another, on any grid.
+
+    Returns values and codes [batch * out, 1] of each column and the errors [batch, columns, out] over the factor's
+    diagonal.
+    """
+    batch, _, out = w.shape
+    block = w[:, start:end].clone()
+    errors = torch.empty_like(block)
+    rounded, codes = [], []
+    for i in range(end - start):
+        at = start + i
+        if grid.starts_group(at):
+            stop = min(at + grid.width, stop_at)
+            if stale:
+                fresh = w[:, at:stop]
+            else:
+                # Columns past this block still lack the block's errors: bring just those up to date.
+                beyond = w[:, end:stop] - u[:, start:at, end:stop].transpose(1, 2) @ errors[:, :i]
+                fresh = torch.cat([block[:, i : stop - start], beyond], 1)
+            grid.grow(fresh.transpose(1, 2))
+        params = grid.column(at, order, out)
+        column = block[:, i].reshape(-1, 1)
+        code = grid.fmt.encode(column, params)
+        q = grid.fmt.decode(code, params)
+        error = (column - q).view(batch, out) / u[:, at, at, None]
+        block[:, i + 1 :].addcmul_(u[:, at, at + 1 : end, None], error[:, None, :], value=-1)
+        errors[:, i] = error
+        rounded.append(q)
+        codes.append(code)
+    return rounded, codes, errors
+
+
+def _solve_block(
+    w: Tensor, u: Tensor, grid: _Grid, order: Tensor | None, start: int, end: int, stale: bool, stop_at: int
+) -> _Block:
+    """As `_walk_block`, in one kernel, for uniform grids whose parameters do not wait for the block."""
+    from fewbits.kernels.triton_gptq import solve_block
+
+    batch, _, out = w.shape
+    held: list[Params] = []
+    for at in range(start, end):
+        if grid.starts_group(at):
+            grid.grow(w[:, at : min(at + grid.width, stop_at)].transpose(1, 2))
+        same = held and not grid.starts_group(at) and (order is None and at % grid.width)
+        held.append(held[-1] if same else grid.column(at, order, out))
+    zero = torch.zeros((), device=w.device)
+    scale, shift = (
+        torch.stack([params.get(name, zero).expand(batch * out, 1).view(batch, out) for params in held], 1)
+        for name in ("scale", "zero_point")
+    )
+    fmt = grid.fmt
+    assert isinstance(fmt, Uniform)
+    values, codes, errors = solve_block(
+        w[:, start:end].contiguous(), u[:, start:end, start:end], scale, shift, fmt.q_min, fmt.q_max
+    )
+    kinds = [item.transpose(0, 1).reshape(end - start, -1, 1) for item in (values, codes.to(fmt.code_dtype))]
+    return list(kinds[0]), list(kinds[1]), errors
+
+
+def fuses(fmt: Format, w: Tensor) -> bool:
+    """Whether a weight is solved block by block in one kernel: on a GPU, in float32, on a plain uniform grid."""
+    if type(fmt) is not Uniform or w.dtype != torch.float32 or not w.is_cuda:
+        return False
+    plain = fmt.rounding == "half_even" and fmt.order == "round_then_shift" and not fmt.fractional
+    return plain and importlib.util.find_spec("triton") is not None
 
 
 def _is_whole(value: Tensor, spec: ParamSpec) -> bool:
@@ -325,6 +382,10 @@ class _Grid:
 
     def starts_group(self, at: int) -> bool:
         return self.table is None and at % self.width == 0
+
+    def known(self, start: int, end: int, stale: bool) -> bool:
+        """Whether no parameter of these columns waits for a column of the same block to be rounded."""
+        return self.table is not None or stale or not any(self.starts_group(at) for at in range(start + 1, end))
 
     def grow(self, w: Tensor) -> None:
         self.grown.append(self._fit(w))
