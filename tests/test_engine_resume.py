@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import kill_and_resume
 from engine_models import encoder, tokens
@@ -129,3 +130,30 @@ def test_streaming_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         quantize(
             hollow, build_recipe("gptq", "W4A16"), tokens(4), source=Streamed(tmp_path), work_dir=tmp_path / "work"
         )
+
+
+def test_a_transformers_model_is_streamed_to_the_bits_of_one_in_memory(tmp_path: Path) -> None:
+    """Its library asks tensors for values while it makes attention masks, which hollow ones do not have."""
+    transformers = pytest.importorskip("transformers")
+    from fewbits.engine.source import Streamed
+
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    whole = transformers.LlamaForCausalLM(config).eval()
+    save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        hollow = transformers.LlamaForCausalLM(config).eval()
+    hollow.model.rotary_emb = whole.model.rotary_emb
+    batches = [{"input_ids": batch} for batch in tokens(8, vocabulary=64)]
+    recipe = build_recipe("gptq", "W4A8g16")
+    streamed = quantize(hollow, recipe, batches, source=Streamed(tmp_path), work_dir=tmp_path / "work")
+    whole.model.rotary_emb = copy.deepcopy(whole.model.rotary_emb)
+    here = quantize(whole, recipe, batches, work_dir=tmp_path / "here")
+    assert [site.name for site, _ in streamed.attachment.items()] == [site.name for site, _ in here.attachment.items()]
+    for index in range(len(here.units)):
+        name = f"sweep0-unit{index:04d}.safetensors"
+        ours, theirs = load_file(tmp_path / "work" / name), load_file(tmp_path / "here" / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), name

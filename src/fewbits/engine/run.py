@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewbits.attach import Attachment
 from fewbits.engine import snapshot
@@ -173,8 +174,7 @@ class Run:
                 f"{recipe.name}: a step that needs the whole model at once cannot run on streamed weights"
             )
         with without_cache(model):
-            args, kwargs = as_call(to(self.example, "meta" if self.streamed else device))
-            self.graph = record(model, *args, **kwargs)
+            self.graph = self._record()
         self.units = find_units(self.graph, units) if units is not None else self.graph.units
         budget = budget or Budget()
         self.store = ActivationStore(budget, device)
@@ -198,6 +198,17 @@ class Run:
         self.float_logits: list[Tensor] | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+
+    def _record(self) -> Graph:
+        """The graph of one forward; of a model whose weights are not there yet, by shapes alone."""
+        if not self.streamed:
+            args, kwargs = as_call(to(self.example, self.device))
+            return record(self.model, *args, **kwargs)
+        # Fake rather than meta tensors: libraries know a trace by them, and ask a trace for no values.
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        args, kwargs = as_call(map_tensors(lambda t: mode.from_tensor(t.to("meta")), self.example))
+        with mode:
+            return record(self.model, *args, **kwargs)
 
     def spec(self, site: Site) -> QSpec | None:
         """The grid at a site: what a step put there, or what the scheme says."""
