@@ -90,6 +90,29 @@ class Bounds(Statistic):
         return self._lo, self._hi
 
 
+class MovingBounds(Bounds):
+    """Exponential moving averages of the minimum and maximum of each batch, per block of a granularity, float32.
+
+    `smoothing`, from 0 to below 1, is the weight of what was seen before; the first batch starts the average.
+    """
+
+    def __init__(self, granularity: Granularity, smoothing: float) -> None:
+        super().__init__(granularity)
+        self.smoothing = smoothing
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return ("moving bounds", self.granularity, self.smoothing)
+
+    def update(self, x: Tensor, samples: int) -> None:
+        batch = Bounds(self.granularity)
+        batch.update(x, samples)
+        lo, hi = batch.value()
+        if self._lo is not None and self._hi is not None:
+            lo, hi = (new.lerp(old, self.smoothing) for old, new in ((self._lo, lo), (self._hi, hi)))
+        self._lo, self._hi = lo, hi
+
+
 class ChannelMean(Statistic):
     """Mean over everything but the channel axis, float64 (C,)."""
 

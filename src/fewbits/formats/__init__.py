@@ -21,7 +21,7 @@ from fewbits.formats.power_of_two import PowerOfTwo, snap_to_power_of_two
 from fewbits.formats.rounding import round_to_integer
 from fewbits.formats.ternary import Ternary
 from fewbits.formats.twin import GELU_BOUND, TwinMagnitude, TwinSign
-from fewbits.formats.uniform import Uniform, affine, gptq_grid, raw_affine, symmetric
+from fewbits.formats.uniform import Uniform, affine, gptq_grid, integer_affine, raw_affine, symmetric
 
 __all__ = [
     "GELU_BOUND",
@@ -52,6 +52,7 @@ __all__ = [
     "format_from_dict",
     "gptq_grid",
     "granularity_from_dict",
+    "integer_affine",
     "pack_codes",
     "quantize",
     "raw_affine",

@@ -33,15 +33,18 @@ class Uniform(Format):
     step: "span" (hi-lo)/(levels-1); "levels" (hi-lo)/levels; "positive" max(|lo|,|hi|)/(largest code minus zero point),
         the usual absmax/(2^(b-1)-1) (needs a fixed zero point: "none" or "middle").
     zero_point: "none" z=0; "middle" z=2^(b-1) above the lowest code, whatever the range;
-        "integer" z = q_min - round(lo/s); "real" z = q_min - lo/s; "centre" z = middle - round((lo+hi)/(2s)).
+        "integer" z = q_min - round(lo/s), or as `zero_rounding` says; "real" z = q_min - lo/s;
+        "centre" z = middle - round((lo+hi)/(2s)).
+    zero_rounding: "half_even", or "half_away" for an integer z = round(q_min - lo/s) with ties away from zero, worked
+        out in float64 from the step as it is stored.
     clamp_zero_point: z is kept inside the code range (the range then moves when it excludes zero).
     include_zero: the range is first widened to contain zero.
     rounding: "half_even", "half_away", "half_up" or "floor".
     order: "round_then_shift" clamp(round(x/s)+z) or "shift_then_round" clamp(round(x/s+z)): different on ties and
         with a real z.
     eps: smallest step. min_span: smallest hi-lo that enters the step (the zero point still comes from lo).
-    zero_range: an all-zero block gets the step of range [-1, 1] ("unit") or `eps` ("eps"); it decodes to exact zeros
-        either way.
+    zero_range: an all-zero block gets the step of range [-1, 1] ("unit"), `eps` ("eps"), or step 1 and the lowest code
+        for zero ("one"); it decodes to exact zeros either way.
     constant: what happens to a range of no extent off zero (a constant block): it is pulled to zero, so that its value
         is the end point of the grid ("kept"), or left to `min_span` and `eps`, and its value is "lost".
     arithmetic: precision in which step and zero point are computed before they are kept as float32.
@@ -65,9 +68,10 @@ class Uniform(Format):
     order: Literal["round_then_shift", "shift_then_round"] = "round_then_shift"
     eps: float = 1e-20
     min_span: float = 0.0
-    zero_range: Literal["unit", "eps"] = "unit"
+    zero_range: Literal["unit", "eps", "one"] = "unit"
     constant: Literal["kept", "lost"] = "kept"
     arithmetic: Literal["float32", "float64"] = "float32"
+    zero_rounding: Literal["half_even", "half_away"] = "half_even"
 
     def __post_init__(self) -> None:
         choices = {
@@ -76,9 +80,10 @@ class Uniform(Format):
             "zero_point": ("none", "middle", "integer", "real", "centre"),
             "rounding": ("half_even", "half_away", "half_up", "floor"),
             "order": ("round_then_shift", "shift_then_round"),
-            "zero_range": ("unit", "eps"),
+            "zero_range": ("unit", "eps", "one"),
             "constant": ("kept", "lost"),
             "arithmetic": ("float32", "float64"),
+            "zero_rounding": ("half_even", "half_away"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -168,6 +173,8 @@ class Uniform(Format):
             # a real zero point puts 0 on the grid only when it is an end of the range
             low = 0.0 if self.zero_point == "real" else -1.0
             lo, hi = torch.where(flat, torch.full_like(lo, low), lo), torch.where(flat, torch.ones_like(hi), hi)
+        elif self.zero_range == "one":
+            hi = torch.where((lo == 0) & (hi == 0), torch.full_like(hi, float(self.q_max - self.q_min)), hi)
         return lo, hi
 
     def _scale(self, lo: Tensor, hi: Tensor) -> Tensor:
@@ -186,7 +193,9 @@ class Uniform(Format):
     def _zero_point(self, lo: Tensor, hi: Tensor, scale: Tensor) -> Tensor:
         if self.zero_point == "middle":
             return torch.full_like(scale, float(self.middle))
-        if self.zero_point == "integer":
+        if self.zero_point == "integer" and self.zero_rounding == "half_away":
+            zero = round_to_integer(self.q_min - lo.double() / scale.float().double(), "half_away")
+        elif self.zero_point == "integer":
             zero = self.q_min - torch.round(lo / scale)
         elif self.zero_point == "real":
             zero = self.q_min - lo / scale
@@ -291,4 +300,21 @@ def raw_affine(bits: int, **policy: object) -> Uniform:
     Unsigned unless `policy`, which overrides fields of Uniform, says otherwise.
     """
     fields: dict[str, object] = {"include_zero": False, "clamp_zero_point": False}
+    return Uniform(bits=bits, **{**fields, **policy})  # type: ignore[arg-type]
+
+
+def integer_affine(bits: int, *, narrow: bool = False, **policy: object) -> Uniform:
+    """Grid of integer-only inference: zero widened in and a code of its own, every rounding half away from zero.
+
+    Unsigned, for activations; `narrow` for weights: signed codes without the lowest, so that in b bits unsigned the
+    code 0 is free (Jacob et al., sections 2 and 3; gemmlowp's `ChooseQuantizationParams`).
+    """
+    fields: dict[str, object] = {
+        "signed": narrow,
+        "narrow": narrow,
+        "rounding": "half_away",
+        "order": "shift_then_round",
+        "zero_rounding": "half_away",
+        "zero_range": "one",
+    }
     return Uniform(bits=bits, **{**fields, **policy})  # type: ignore[arg-type]

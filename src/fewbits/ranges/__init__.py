@@ -3,6 +3,7 @@
 from fewbits.ranges.analytic import Analytic
 from fewbits.ranges.base import Range, range_from_dict
 from fewbits.ranges.candidates import Candidates, Quantiles, Shrink, WidthZeroPoint
+from fewbits.ranges.fixed import Fixed
 from fewbits.ranges.joint import JointSearch
 from fewbits.ranges.kmeans import KMeans, inertia, kmeans
 from fewbits.ranges.layer_search import LayerCall, LayerSearch, Operand, search_layer
@@ -17,6 +18,7 @@ __all__ = [
     "AbsMax",
     "Analytic",
     "Candidates",
+    "Fixed",
     "JointSearch",
     "KMeans",
     "LayerCall",

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewbits.engine.context import UnitContext
 from fewbits.engine.statistics import Hessian
 from fewbits.errors import FewbitsError
-from fewbits.formats import Params, PerBlock, PerGroup, expand_params
+from fewbits.formats import Params, PerBlock, PerGroup, PerTensor, expand_params
 from fewbits.graph.types import Graph, Site, Unit
 from fewbits.outliers.parts import Columns
 from fewbits.quantizer import Quantizer
@@ -104,7 +104,7 @@ class ColumnSolver(Step):
         for site in sites:
             spec, hessian = unit.spec(site), hessians[site.name].value()
             assert spec is not None
-            alone = not self.stacks or hessian.dim() == 3 or spec.range.at_output
+            alone = not self.stacks or hessian.dim() == 3 or _fixed(spec)
             stacks.setdefault(site.name if alone else (hessian.data_ptr(), spec), []).append(site)
         return list(stacks.values())
 
@@ -121,7 +121,7 @@ class ColumnSolver(Step):
         site, weight = sites[0], torch.cat(weights, -2)
         spec = unit.spec(site)
         assert spec is not None
-        held = fitted(unit, site) if spec.range.at_output else None
+        held = fitted(unit, site) if _fixed(spec) else None
         size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else None
         grid = None
         if held is not None:
@@ -190,3 +190,8 @@ class ColumnSolver(Step):
                         columns *= extent
                 total += 4 * columns * columns * (site.groups if site.op.startswith("conv") else 1)
         return total
+
+
+def _fixed(spec: QSpec) -> bool:
+    """Whether a weight's grid is known before its columns are visited: found at the output, or one for all rows."""
+    return spec.range.at_output or isinstance(spec.granularity, PerTensor)
