@@ -111,3 +111,28 @@ def test_a_profile_of_ones_own(tmp_path: Path) -> None:
     other.write_text(file.read_text())
     with pytest.raises(FewbitsError, match="unknown key 'weight'"):
         load_profile(str(other))
+
+
+def test_scales_become_powers_of_two_and_sums_must_fit(tmp_path: Path) -> None:
+    file = tmp_path / "shifts.yaml"
+    file.write_text(
+        "name: shifts\nabout: rescales by shifts\naccumulator: 24\n"
+        "weights: [{format: power_of_two, bits: [8], zero: [none], granularity: [tensor]}]\n"
+        "activations: [{format: power_of_two, bits: [8], zero: [none], granularity: [tensor]}]\n"
+    )
+    recipe = build_recipe("rtn", "W8A8", {"target": str(file), "exclude": "3.*"})
+    result = fewbits.quantize(_model(), recipe, _batches())
+    for site, quantizer in result.attachment.items():
+        exponent = torch.log2(quantizer.spec.format.scale_of(quantizer.params))
+        assert torch.equal(exponent, exponent.round()), site.name
+        assert quantizer.params["scale"].shape == ()
+    # 288 products of 127 * 255 pass 2^23
+    with pytest.raises(FewbitsError, match=r"3\.weight: 288 products of up to 32385 may overflow the 24-bit sums"):
+        fewbits.quantize(_model(), build_recipe("rtn", "W8A8", {"target": str(file)}), _batches())
+
+
+def test_a_target_with_a_placement_of_its_own_brings_its_recipe() -> None:
+    recipe = build_recipe("gptq", "W8A8", {"target": "integer"})
+    assert recipe.name == "gptq+jacob-integer-only"
+    result = fewbits.quantize(_model(), recipe, _batches())
+    assert {site.role for site, _ in result.attachment.items()} == {"input", "output", "weight"}

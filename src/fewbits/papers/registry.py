@@ -53,6 +53,7 @@ def build_recipe(name: str, bits: str, options: dict[str, Any] | None = None) ->
     parsed = Bits.parse(bits)
     parts = [part.strip() for part in name.split("+")]
     given = dict(options or {})
+    parts += _placed(parts, given)
     common = {
         key: _convert(key, given.pop(key), COMMON_OPTIONS[key][0]) for key in list(given) if key in COMMON_OPTIONS
     }
@@ -79,6 +80,16 @@ def build_recipe(name: str, bits: str, options: dict[str, Any] | None = None) ->
     for other in built[1:]:
         recipe = join(recipe, other)
     return _apply_common(recipe, common)
+
+
+def _placed(parts: list[str], given: dict[str, Any]) -> list[str]:
+    """The recipe whose placement a target has, where it is to be joined."""
+    if not given.get("target"):
+        return []
+    from fewbits.targets import load_profile
+
+    recipe = load_profile(str(given["target"])).recipe
+    return [recipe] if recipe and recipe not in parts else []
 
 
 def options_of(slug: str) -> dict[str, tuple[Any, Any, str]]:

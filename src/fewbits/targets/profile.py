@@ -12,6 +12,7 @@ codebook) is what its paper is about; it is never exchanged, only refused.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,17 +29,20 @@ if TYPE_CHECKING:
     from fewbits.recipe import QSpec
 
 _FOLDER = Path(__file__).parent
-_ZEROS = ("none", "middle", "integer")
+_ZEROS = ("none", "middle", "integer", "unsigned")
+#: A kind of grid, and the kind that it becomes where scales must be powers of two.
+_UNIFORM = ("uniform", "power_of_two")
 
 
 @dataclass(frozen=True)
 class Grid:
     """One kind of grid that a target holds.
 
-    format: kind of number grid. variant: of an 8-bit float. bits: widths. zero: where zero may lie: "none" (signed
-    codes, code 0), "middle" (unsigned, 2^(b-1)), "integer" (any code). granularity: kinds; groups: sizes, empty for
-    any. dynamic: whether parameters may, or must not, be fitted on every call; None for either. weight_only: weights
-    of layers whose input stays floating point.
+    format: kind of number grid ("power_of_two": uniform with such scales), or "any". variant: of an 8-bit float. bits:
+    widths. zero: where zero may lie: "none" (signed codes, code 0), "middle" (unsigned, 2^(b-1)), "integer" (any code),
+    "unsigned" (code 0 of unsigned codes). granularity: kinds; groups: sizes, empty for any. dynamic: whether parameters
+    may, or must not, be fitted on every call; None for either. weight_only: weights of layers whose input stays
+    floating point. fallback: held, but planned only where no other grid will do.
     """
 
     format: str = "uniform"
@@ -49,17 +53,20 @@ class Grid:
     groups: tuple[int, ...] = ()
     dynamic: bool | None = False
     weight_only: bool = False
+    fallback: bool = False
 
     def lacks(self, spec: QSpec) -> str | None:
         """What this grid has not of a quantizer's; None where it holds it."""
         found, fine = spec.format, spec.granularity
+        if self.format == "any":
+            return None
         if found.kind != self.format:
-            return f"{found.kind} grids"
+            return "free scales" if (found.kind, self.format) == _UNIFORM else f"{found.kind} grids"
         if found.bits not in self.bits:
             return f"{found.bits} bits"
         if self.variant and getattr(found, "variant", self.variant) != self.variant:
             return f"the {getattr(found, 'variant', '')} variant"
-        if self.format == "uniform":
+        if self.format in _UNIFORM:
             if _zero(found) not in self.zero:
                 return _ZERO_WORDS[_zero(found)]
             if getattr(found, "rounding", "half_even") == "floor":
@@ -74,13 +81,22 @@ class Grid:
 
     def adapt(self, spec: QSpec, site: Site) -> QSpec | None:
         """The quantizer with the policies of this grid, or None where more than policies would have to change."""
-        if spec.format.kind != self.format or spec.format.bits not in self.bits:
+        if self.format == "any":
+            return spec
+        snapped = (spec.format.kind, self.format) == _UNIFORM
+        if (spec.format.kind != self.format and not snapped) or spec.format.bits not in self.bits:
             return None
         dynamic = spec.dynamic if self.dynamic is None else self.dynamic
         fine = self._granularity(spec.granularity, site)
         if fine is None:
             return None
-        changed = dataclasses.replace(spec, format=self._format(spec.format), granularity=fine, dynamic=dynamic)
+        fmt = self._format(spec.format)
+        if snapped:
+            from fewbits.formats import PowerOfTwo
+
+            policies = {field.name: getattr(fmt, field.name) for field in dataclasses.fields(fmt) if field.init}
+            fmt = PowerOfTwo(**policies, snap="ceil")
+        changed = dataclasses.replace(spec, format=fmt, granularity=fine, dynamic=dynamic)
         return changed if self.lacks(changed) is None else None
 
     def _format(self, fmt: Format) -> Format:
@@ -119,8 +135,9 @@ class Profile:
     """What one target can hold and run.
 
     ops: weighted ops whose weight it stores in low bits ("*": all). roles: activation operands it quantizes.
-    weights, activations: grids, the preferred first. placement: "inputs" of the ops that compute in low bits or
-    "outputs" of fused ops. accumulator: bits of the sums. power_of_two: whether scales must be powers of two.
+    weights, activations: grids, the preferred first. accumulator: bits of the sums that products of codes go to.
+    placement: "inputs" of the ops that compute in low bits or "outputs" of fused ops; recipe: the one that places
+    quantizers as the target does, joined to any that has no placement of its own. requantizes: ops that give codes.
     """
 
     name: str
@@ -131,7 +148,7 @@ class Profile:
     activations: tuple[Grid, ...] = ()
     placement: str = "inputs"
     accumulator: int = 32
-    power_of_two: bool = False
+    recipe: str = ""
     requantizes: tuple[str, ...] = ()
 
     def grids(self, site: Site) -> tuple[Grid, ...]:
@@ -148,23 +165,31 @@ class Profile:
         grids = [grid for grid in self.grids(site) if not (grid.weight_only and weight_only is False)]
         lacking = [grid.lacks(spec) for grid in grids]
         if None in lacking:
-            return None
+            return self._overflow(site, spec)
         wants = " or ".join(dict.fromkeys(text for text in lacking if text)) or "quantized values"
         return f"{self.name} has no {wants} there"
 
     def fit(self, spec: QSpec, site: Site) -> QSpec:
         """The quantizer as the target holds it. Raises `FewbitsError`, naming the site, where it has none."""
-        why = self.reason(site, spec)
+        why = self._where(site)
         if why is None:
-            for grid in self.grids(site):
-                if grid.lacks(spec) is None:
-                    return grid.adapt(spec, site) or spec
-        if self._where(site) is None:
-            for grid in self.grids(site):
-                found = grid.adapt(spec, site)
-                if found is not None:
-                    return found
+            grids = sorted(self.grids(site), key=lambda grid: (grid.fallback, grid.lacks(spec) is not None))
+            fitted = next((found for grid in grids if (found := grid.adapt(spec, site)) is not None), None)
+            why = self.reason(site, spec) if fitted is None else self._overflow(site, fitted)
+            if fitted is not None and why is None:
+                return fitted
         raise FewbitsError(f"{site.name}: {why}")
+
+    def _overflow(self, site: Site, spec: QSpec) -> str | None:
+        """Whether the sums of a layer may leave the accumulator, at the widest activations that the target has."""
+        widest = max((bits for grid in self.activations for bits in grid.bits), default=0)
+        if site.role != "weight" or not widest or site.op == "embedding" or spec.format.kind not in _UNIFORM:
+            return None
+        depth = site.shape[-2] if site.layout == "io" else math.prod(site.shape[1:])
+        largest = max(abs(spec.format.code_min), abs(spec.format.code_max)) * (2**widest - 1)
+        if depth * largest < 2 ** (self.accumulator - 1):
+            return None
+        return f"{depth} products of up to {largest} may overflow the {self.accumulator}-bit sums of {self.name}"
 
     def _where(self, site: Site) -> str | None:
         if site.role == "weight":
