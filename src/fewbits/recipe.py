@@ -167,7 +167,7 @@ class Scheme:
         if spec is not None and self.target:
             from fewbits.targets import load_profile
 
-            spec = load_profile(self.target).fit(spec, site)
+            spec = load_profile(self.target).fit(spec, site, weight_only=not self.activations)
         return spec
 
     def to_dict(self) -> dict[str, Any]:

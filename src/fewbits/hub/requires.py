@@ -19,6 +19,12 @@ EXTRAS = {
     "diffusers": "diffusion",
     "datasets": "data",
     "pyarrow": "data",
+    "compressed_tensors": "compressed",
+    "gguf": "gguf",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
 }
 
 

@@ -94,7 +94,7 @@ class Grid:
         if snapped:
             from fewbits.formats import PowerOfTwo
 
-            policies = {field.name: getattr(fmt, field.name) for field in dataclasses.fields(fmt) if field.init}
+            policies = {key: value for key, value in fmt.to_dict().items() if key != "kind"}
             fmt = PowerOfTwo(**policies, snap="ceil")
         changed = dataclasses.replace(spec, format=fmt, granularity=fine, dynamic=dynamic)
         return changed if self.lacks(changed) is None else None
@@ -169,13 +169,17 @@ class Profile:
         wants = " or ".join(dict.fromkeys(text for text in lacking if text)) or "quantized values"
         return f"{self.name} has no {wants} there"
 
-    def fit(self, spec: QSpec, site: Site) -> QSpec:
-        """The quantizer as the target holds it. Raises `FewbitsError`, naming the site, where it has none."""
+    def fit(self, spec: QSpec, site: Site, *, weight_only: bool | None = None) -> QSpec:
+        """The quantizer as the target holds it. Raises `FewbitsError`, naming the site, where it has none.
+
+        weight_only: see `reason`.
+        """
         why = self._where(site)
         if why is None:
-            grids = sorted(self.grids(site), key=lambda grid: (grid.fallback, grid.lacks(spec) is not None))
+            grids = [grid for grid in self.grids(site) if not (grid.weight_only and weight_only is False)]
+            grids.sort(key=lambda grid: (grid.fallback, grid.lacks(spec) is not None))
             fitted = next((found for grid in grids if (found := grid.adapt(spec, site)) is not None), None)
-            why = self.reason(site, spec) if fitted is None else self._overflow(site, fitted)
+            why = self.reason(site, spec, weight_only=weight_only) if fitted is None else self._overflow(site, fitted)
             if fitted is not None and why is None:
                 return fitted
         raise FewbitsError(f"{site.name}: {why}")

@@ -42,7 +42,7 @@ def load(ref: ModelRef, dtype: torch.dtype) -> LoadedModel:
     source = str(ref.folder or ref.name)
     if ref.folder is not None:
         check_weights(ref.folder)
-    with loading(f"model {ref.text!r}"), _quiet(transformers):
+    with loading(f"model {ref.text!r}"), quiet(transformers):
         config = transformers.AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None):
         raise FewbitsError(
@@ -54,7 +54,7 @@ def load(ref: ModelRef, dtype: torch.dtype) -> LoadedModel:
             "fewbits.quantize"
         )
     cls = _model_class(transformers, config, ref.text)
-    with loading(f"model {ref.text!r}"), _quiet(transformers):
+    with loading(f"model {ref.text!r}"), quiet(transformers):
         model, info = cls.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
@@ -109,7 +109,7 @@ def _domain(name: str) -> str:
 
 def _tokenizer(transformers: Any, source: str) -> Any:
     """The tokenizer, or None where the model comes without one (text data then asks for it)."""
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             return transformers.AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -119,7 +119,7 @@ def _tokenizer(transformers: Any, source: str) -> Any:
 
 
 def _image_processor(transformers: Any, source: str) -> dict[str, Any] | None:
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             processor = transformers.AutoImageProcessor.from_pretrained(source)
         except (OSError, ValueError, KeyError):
@@ -128,7 +128,7 @@ def _image_processor(transformers: Any, source: str) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Any:
+def quiet(transformers: Any) -> Any:
     """No progress bars and notes of the library while loading; errors stay."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,0 +1,158 @@
+"""GPTQ checkpoints: `qweight`, `qzeros`, `scales` and `g_idx` for every quantized linear module.
+
+qweight: int32 [in * bits / 32, out], 32 codes of one column after another along the input as a dense string of bits.
+qzeros: int32 [groups, out * bits / 32], zero points packed the same way along the output; in the first form of the
+format ("gptq") they are stored less one, in the second ("gptq_v2") as they are. scales: float16 [groups, out]. g_idx:
+int32 [in], each column's group, which holds the groups of columns that were quantized in the order of activations.
+Layers that differ in bits or groups, and linear modules left in floating point, are listed under `dynamic`, which vLLM
+and GPTQModel read.
+
+The simulation computes with float32 scales; their rounding to float16 (at most 2^-11 of each) is measured and reported.
+
+Source: the released code of AutoGPTQ and GPTQModel, vLLM's `quantization/gptq.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import FewbitsError
+from fewbits.export.base import Obstacle, Subject, Target
+from fewbits.export.comparison import answers, compared, insist
+from fewbits.export.layers import Layer
+from fewbits.export.linears import HALF_TOLERANCE, group_of, half, linears, stored, unfit
+from fewbits.export.transformers_folder import dense_folder, write_folder
+from fewbits.kernels.words import pack_words
+
+FORMATS = ("gptq", "gptq_v2")
+
+
+class Export(Target):
+    """`checkpoint_format`: gptq (zero points less one) or gptq_v2; by default the first, unless a zero point is 0, on
+    which its readers disagree. `dtype`: float16 or bfloat16, of the scales and of what stays in floating point.
+    """
+
+    name = "gptq"
+    about = "GPTQ checkpoints for vLLM, ExLlama, GPTQModel"
+    profile_name = "gptq"
+    packages = ("transformers", "compressed_tensors")
+    kinds = ("transformers",)
+    holds = frozenset({"order"})
+
+    def obstacles(self, subject: Subject) -> list[Obstacle]:
+        found = super().obstacles(subject) or unfit(subject, self.name)
+        return found or [
+            Obstacle(layer.site.name, f"gptq needs rows and columns in multiples of 32, not {out} x {columns}")
+            for layer in subject.layers
+            for out, columns in [tuple(layer.codes.shape)]
+            if out % 32 or columns % 32
+        ]
+
+    def write(  # type: ignore[override]
+        self, subject: Subject, folder: Path, *, checkpoint_format: str | None = None, dtype: str = "float16"
+    ) -> dict[str, Any]:
+        if checkpoint_format is None:
+            lowest = any(bool((layer.unsigned()[1] == 0).any()) for layer in subject.layers)
+            checkpoint_format = FORMATS[lowest]
+        if checkpoint_format not in FORMATS:
+            raise FewbitsError(f"checkpoint_format={checkpoint_format!r}: choose one of {', '.join(FORMATS)}")
+        kept = half(dtype)
+        replaced: dict[str, Tensor] = {}
+        worst = 0.0
+        for layer in subject.layers:
+            made, change = _tensors(layer, checkpoint_format, kept)
+            replaced |= {f"{layer.module}.{name}": value for name, value in made.items()}
+            worst = max(worst, change)
+        config = _config(subject, checkpoint_format)
+        write_folder(subject, folder, replaced, config, kept)
+        return {"layers": len(subject.layers), "dtype": dtype, "scale_change": worst, **config}
+
+    def check(self, subject: Subject, folder: Path) -> list[dict[str, Any]]:
+        import compressed_tensors
+        import transformers
+
+        runtime = (
+            f"compressed-tensors {compressed_tensors.__version__} (unpacking), transformers {transformers.__version__}"
+        )
+        model = dense_folder(subject, folder, _decode)
+        batches = subject.inputs()
+        entry = compared(runtime, answers(subject.loaded.model, batches), answers(model, batches))
+        insist(entry, HALF_TOLERANCE)
+        return [entry]
+
+
+def _form(layer: Layer) -> tuple[int, int, bool]:
+    """(bits, columns a group or -1, whether every zero point lies in the middle)."""
+    return layer.uniform.bits, group_of(layer), layer.uniform.zero_point in ("none", "middle")
+
+
+def _tensors(layer: Layer, checkpoint_format: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
+    bits = layer.uniform.bits
+    codes, zero = (value.cpu() for value in layer.unsigned())
+    if checkpoint_format == "gptq":
+        if bool((zero == 0).any()):
+            raise FewbitsError(
+                f"{layer.site.name}: a group has its zero point at code 0, which readers of the first GPTQ form do not "
+                "agree on; set checkpoint_format=gptq_v2"
+            )
+        zero = zero - 1
+    scale, change = stored(layer, layer.scales()[0].cpu(), dtype)
+    columns = codes.shape[1]
+    index = layer.group_index
+    if index is None:
+        index = torch.arange(columns) // (layer.group_size or columns)
+    return {
+        "qweight": pack_words(codes, bits).contiguous(),
+        "qzeros": pack_words(zero.T.to(torch.int64), bits).T.contiguous(),
+        "scales": scale.T.contiguous(),
+        "g_idx": index.cpu().to(torch.int32),
+    }, change
+
+
+def _config(subject: Subject, checkpoint_format: str) -> dict[str, Any]:
+    forms = {layer.module: _form(layer) for layer in subject.layers}
+    common = Counter(forms.values()).most_common(1)[0][0]
+    dynamic: dict[str, dict[str, Any]] = {
+        f"+:^{re.escape(name)}$": dict(zip(("bits", "group_size", "sym"), form, strict=True))
+        for name, form in forms.items()
+        if form != common
+    }
+    dynamic |= {f"-:^{re.escape(name)}$": {} for name in linears(subject.loaded.model) if name not in forms}
+    bits, group, symmetric = common
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group,
+        "sym": symmetric,
+        "desc_act": any(layer.group_index is not None for layer in subject.layers),
+        "static_groups": False,
+        "true_sequential": False,
+        "lm_head": "lm_head" in forms,
+        "checkpoint_format": checkpoint_format,
+        "pack_dtype": "int32",
+        "dynamic": dynamic,
+    }
+
+
+def _decode(config: dict[str, Any], module: str, tensors: dict[str, Tensor]) -> Tensor | None:
+    """A module's weight from what its file holds, the words unpacked by another package."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    if "qweight" not in tensors:
+        return None
+    bits = config["dynamic"].get(f"+:^{re.escape(module)}$", config)["bits"]
+    qweight, qzeros, scales, index = (tensors[name] for name in ("qweight", "qzeros", "scales", "g_idx"))
+    groups, out = scales.shape
+    middle = 1 << (bits - 1)  # that package's codes are signed
+    codes = unpack_from_int32(qweight.T.contiguous(), bits, torch.Size((out, len(index)))).float() + middle
+    zeros = unpack_from_int32(qzeros, bits, torch.Size((groups, out))).float() + middle
+    if config["checkpoint_format"] == "gptq":
+        zeros = zeros + 1
+    where = index.long()
+    return (codes - zeros.T[:, where]) * scales.float().T[:, where]
