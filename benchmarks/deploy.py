@@ -55,7 +55,8 @@ def run(*words: object) -> dict[str, Any]:
 def measure(options: argparse.Namespace, place: tuple[Any, ...]) -> dict[str, Any]:
     """Quantize for one target, export and compare."""
     target, model, recipe, bits, settings, more, (calibration, test) = place
-    row = {"target": target, "model": model, "recipe": recipe, "bits": bits, "samples": options.samples}
+    samples = options.windows if test.endswith(".jsonl") else options.samples
+    row = {"target": target, "model": model, "recipe": recipe, "bits": bits, "samples": samples}
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "quantized"
         profile = PROFILES.get(target, target)
@@ -67,7 +68,7 @@ def measure(options: argparse.Namespace, place: tuple[Any, ...]) -> dict[str, An
         if "error" in made:
             return {**row, **made}
         words = [word for key, value in more.items() for word in ("--set", f"{key}={value}")]
-        left = run("export", out, "--to", target, "--data", options.data / test, "--samples", options.samples, *words)
+        left = run("export", out, "--to", target, "--data", options.data / test, "--samples", samples, *words)
     if "error" in left:
         return {**row, **left}
     row |= {"bytes_float": made["bytes_before"], "bytes": left["bytes"], "comparison": left["comparison"]}
@@ -96,7 +97,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--zoo", type=Path)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=256, help="images or sentences to compare on")
+    parser.add_argument("--windows", type=int, default=8, help="token windows to compare on")
     parser.add_argument("--only", help="one target")
     parser.add_argument("--table", action="store_true", help="print what the file holds")
     options = parser.parse_args()

@@ -14,9 +14,6 @@ if not os.path.exists("/dev/nvidiactl"):  # no GPU: Triton's kernels run in its 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if not os.path.exists("/dev/nvidiactl"):  # no GPU: Triton kernels run in its interpreter
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 from hypothesis import HealthCheck, settings
 

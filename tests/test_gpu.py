@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fewbits
 from engine_models import encoder, images, skipnet, tokens
 from fewbits import quantize
+from fewbits.packed.modules import Packed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -47,3 +49,57 @@ def test_same_bits_twice_on_one_gpu() -> None:
         quantize(model, "brecq", images(8), bits="W3A4", options={"iters_w": 10, "iters_a": 5}, device="cuda")
         found.append({name: value.cpu() for name, value in model.state_dict().items()})
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+PACKED = {
+    "rtn": ("W4A16g32", {}),
+    "gptq": ("W3A16g32", {}),
+    "squeezellm": ("W3A16", {}),
+    "owq": ("W3A16", {}),
+    "smoothquant": ("W8A8", {}),
+}
+
+
+@pytest.mark.parametrize("kernel", ["auto", "triton"])
+@pytest.mark.parametrize("recipe", PACKED)
+def test_packed_on_the_gpu_gives_what_the_simulation_gave(recipe: str, kernel: str) -> None:
+    bits, options = PACKED[recipe]
+    model = encoder(width=64).cuda()
+    quantize(model, recipe, tokens(8), bits=bits, options=options, device="cuda")
+    x = tokens(8)[0].cuda()
+    with torch.no_grad():
+        expected = model(x)
+        result = fewbits.pack(model, kernel=kernel)
+        found = model(x)
+    # codes become mantissas of float32 in the vector kernel, and sums have another order
+    assert (found - expected).norm() <= 1e-3 * expected.norm()
+    assert result.bytes_after < result.bytes_before
+    if kernel == "triton":
+        assert {layer.kernel for layer in result.layers.values()} == {"triton"}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_packed_layer_is_captured_in_a_graph_and_gives_the_same_bits(rows: int) -> None:
+    model = encoder(width=128).cuda().half()
+    quantize(model, "gptq", tokens(8), bits="W4A16g64", device="cuda")
+    fewbits.pack(model, kernel="triton")
+    layer = next(module for module in model.modules() if isinstance(module, Packed))
+    x = torch.randn(rows, layer.in_features, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        expected = layer(x)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            layer(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(x)
+        for _ in range(3):
+            out.zero_()
+            graph.replay()
+            assert torch.equal(out, expected)
+    reference = x.double() @ layer.weight.double().T + (0 if layer.bias is None else layer.bias.double())
+    assert (expected.double() - reference).norm() <= 2e-3 * reference.norm()
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-2, atol=1e-2)

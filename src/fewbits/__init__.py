@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fewbits.hub.checkpoint import load
     from fewbits.hub.data import load_data
     from fewbits.hub.models import LoadedModel, load_model
+    from fewbits.packed import PackResult, pack
     from fewbits.papers import build_recipe
     from fewbits.recipe import Recipe
     from fewbits.tasks import evaluate
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "FewbitsError": "errors",
     "LoadedModel": "hub.models",
+    "PackResult": "packed",
     "QuantizeResult": "engine",
     "Recipe": "recipe",
     "build_recipe": "papers",
@@ -39,6 +41,7 @@ _HOMES = {
     "load": "hub.checkpoint",
     "load_data": "hub.data",
     "load_model": "hub.models",
+    "pack": "packed",
     "quantize": "api",
     "quantize_reference": "workflow",
     "report_reference": "diagnosis.workflow",
@@ -47,6 +50,7 @@ _HOMES = {
 __all__ = [
     "FewbitsError",
     "LoadedModel",
+    "PackResult",
     "QuantizeResult",
     "Recipe",
     "build_recipe",
@@ -57,6 +61,7 @@ __all__ = [
     "load",
     "load_data",
     "load_model",
+    "pack",
     "papers",
     "quantize",
     "quantize_reference",

@@ -31,6 +31,7 @@ from fewbits.commands import (
 from fewbits.diagnosis.command import diagnose, report
 from fewbits.errors import FewbitsError
 from fewbits.export.command import export
+from fewbits.speed.command import speed
 
 
 class _Group(TyperGroup):
@@ -64,6 +65,7 @@ app.command("bench")(bench)
 app.command("export")(export)
 app.command("report")(report)
 app.command("diagnose")(diagnose)
+app.command("speed")(speed)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,211 @@
+"""The kernel table of one GPU: `python benchmarks/kernels.py [--out FILE.json] [--only NAME]`.
+
+Each line is checked against float64 before it is timed, on weights that rotate so that none is found in the L2 cache,
+under CUDA graphs, medians. Limits are measured in the same run: a copy for what is bound by memory, a bf16 product for
+what is bound by arithmetic. A target that is missed is printed as a miss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.kernels import ops, reference
+from fewbits.outliers.parts import Sparse
+
+SIZE, GROUP, ROTATION = 8192, 128, 8
+LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # of a LLaMA-8B block: qkv, o, gate and up, down
+BLOCKS = 32
+
+
+def graph_time(runs: list[Callable[[], Any]], repeats: int = 30) -> float:
+    """Median microseconds of one of `runs`, all of which are captured one after another in one graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for run in runs * 2:
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(runs))
+    return statistics.median(times)
+
+
+def words(bits: int, outputs: int, inputs: int) -> Tensor:
+    """Random codes: every pattern of bits is one."""
+    shape = (-(-inputs // 32) * bits, outputs)
+    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
+
+
+def weight(bits: int, outputs: int, inputs: int, *, table: bool = False, sparse: float = 0.0) -> tuple[Any, ...]:
+    """Arguments of `packed_matmul` after the activations."""
+    made = words(bits, outputs, inputs)
+    extras: tuple[Any, ...] = (None,) * 6
+    if sparse:
+        kept = torch.rand(outputs, inputs) < sparse
+        part = Sparse.from_dense(torch.randn(outputs, inputs) * 0.1, kept)
+        extras = (None, None, None, part.rows.cuda(), part.columns.cuda(), part.values.half().cuda())
+    if table:
+        levels = (torch.randn(1 << bits, outputs, device="cuda") * 0.02).sort(0).values
+        return (made, None, None, levels.half(), bits, inputs, *extras)
+    groups = -(-inputs // GROUP)
+    scale = (torch.rand(groups, outputs, device="cuda") * 0.01 + 0.001).half()
+    zero = torch.randint(0, 1 << bits, (groups, outputs), device="cuda", dtype=torch.uint8)
+    return (made, scale, zero, None, bits, GROUP, *extras)
+
+
+def size_of(given: tuple[Any, ...]) -> int:
+    return sum(held.nbytes for held in given if isinstance(held, Tensor))
+
+
+def right(x: Tensor, given: tuple[Any, ...]) -> float:
+    """Relative distance of a product from the one in float64; raises where it is not half precision's."""
+    wide = [held.double() if isinstance(held, Tensor) and held.is_floating_point() else held for held in given]
+    expected = reference.packed_matmul(x.double(), *wide)
+    found = ops.packed_matmul(x, *given).double()
+    distance = float((found - expected).norm() / expected.norm())
+    if not distance < 2e-3:
+        raise AssertionError(f"wrong result: relative distance {distance:.3g} from float64")
+    return distance
+
+
+def vector(name: str, copy: float, target: float | None, **options: Any) -> dict[str, Any]:
+    """A matrix-vector product SIZE x SIZE at batch 1."""
+    weights = [weight(outputs=SIZE, inputs=SIZE, **options) for _ in range(ROTATION)]
+    x = torch.randn(1, SIZE, device="cuda", dtype=torch.float16)
+    distance = right(x, weights[0])
+    took = graph_time([lambda given=given: ops.packed_matmul(x, *given) for given in weights])
+    limit = size_of(weights[0]) / copy * 1e6
+    return line(name, took, limit, target, f"distance {distance:.1e}", ratio=limit / took)
+
+
+def line(name: str, took: float, limit: float, target: float | None, note: str, *, ratio: float) -> dict[str, Any]:
+    """One row. ratio: what the target is about, the share of the limit or a speed-up."""
+    met = None if target is None else ratio >= target
+    row = {"name": name, "us": took, "limit_us": limit, "ratio": ratio, "target": target, "met": met, "note": note}
+    said = "" if met is None else f"target {target:g}: {'met' if met else 'MISSED'}"
+    print(f"{name:34} {took:10.1f} us  limit {limit:8.1f} us  ratio {ratio:5.2f}  {said:22} {note}", flush=True)
+    return row
+
+
+def int8_product(flops: float) -> list[dict[str, Any]]:
+    """8192^3 with 8-bit activations against bf16: quantizing the rows is part of it."""
+    n = SIZE
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    plain = graph_time([lambda: a @ b.t()])
+    codes = torch.randint(-127, 128, (n, n), dtype=torch.int8, device="cuda")
+    ones, zeros = torch.rand(n, device="cuda"), torch.zeros(n, device="cuda")
+    sums = codes.sum(-1, dtype=torch.int32)
+
+    def run(x: Tensor = a) -> Tensor:
+        rows = ops.quantize_rows(x, None, None, -127, 127, True, 1e-5)
+        return ops.int8_matmul(rows[0], codes, *rows[1:], ones, zeros, sums, None, torch.bfloat16, True)
+
+    few = a[:64]
+    rows = ops.quantize_rows(few, None, None, -127, 127, True, 1e-5)
+    expected = (rows[0].double() * rows[1].double()[:, None]) @ (codes.double() * ones.double()[:, None]).T
+    if not float((run(few).double() - expected).norm() / expected.norm()) < 4e-3:
+        raise AssertionError("wrong int8 product")
+    took = graph_time([run])
+    other = graph_time([lambda: torch._int_mm(codes, codes.t())])
+    limit = 2 * n**3 / (2 * flops) * 1e6  # twice the bf16 rate
+    eight = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+    one = torch.ones((), device="cuda")
+    fp8 = graph_time([lambda: torch._scaled_mm(*eight, one, one, out_dtype=torch.bfloat16)])
+    return [
+        line("bf16 8192^3", plain, 2 * n**3 / flops * 1e6, None, "", ratio=1.0),
+        line("W8A8 int8 8192^3, rows quantized", took, limit, 1.6, "times bf16", ratio=plain / took),
+        line("torch _int_mm 8192^3", other, limit, None, "times bf16; product alone", ratio=plain / other),
+        line("torch _scaled_mm fp8 8192^3", fp8, limit, 1.6, "times bf16; product alone", ratio=plain / fp8),
+    ]
+
+
+def decoding(copy: float) -> list[dict[str, Any]]:
+    """The linear layers of a LLaMA-8B-shape model at batch 1, W4A16 and bf16, one graph each."""
+    packed = [weight(4, n, k) for _ in range(BLOCKS) for n, k in LAYERS]
+    inputs = {k: torch.randn(1, k, device="cuda", dtype=torch.float16) for _, k in LAYERS}
+    right(inputs[LAYERS[0][1]], packed[0])
+    shapes = [shape for _ in range(BLOCKS) for shape in LAYERS]
+    runs = [lambda g=g, x=inputs[k]: ops.packed_matmul(x, *g) for g, (_, k) in zip(packed, shapes, strict=True)]
+    ours = graph_time(runs) * len(runs)
+    read = sum(size_of(given) for given in packed)
+    del packed, runs
+    dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for n, k in shapes]
+    wide = {k: x.to(torch.bfloat16) for k, x in inputs.items()}
+    plain_runs = [lambda w=w, x=wide[w.shape[1]]: x @ w.t() for w in dense]
+    plain = graph_time(plain_runs) * len(dense)
+    whole = sum(w.nbytes for w in dense)
+    return [
+        line("LLaMA-8B linears, bf16, a token", plain, whole / copy * 1e6, None, "", ratio=1.0),
+        line("LLaMA-8B linears, W4A16, a token", ours, read / copy * 1e6, 3.0, "times bf16", ratio=plain / ours),
+    ]
+
+
+def torch_int4(copy: float) -> dict[str, Any]:
+    """The 4-bit product that torch brings."""
+    x = torch.randn(1, SIZE, device="cuda", dtype=torch.bfloat16)
+    held = []
+    for _ in range(ROTATION):
+        codes = torch.randint(0, 256, (SIZE, SIZE // 2), dtype=torch.uint8, device="cuda")
+        pair = torch.rand(SIZE // GROUP, SIZE, 2, dtype=torch.bfloat16, device="cuda")
+        held.append((torch._convert_weight_to_int4pack(codes, 8), pair))
+    run = torch.ops.aten._weight_int4pack_mm
+    took = graph_time([lambda w=w, s=s: run(x, w, GROUP, s) for w, s in held])
+    limit = (held[0][0].nbytes + held[0][1].nbytes) / copy * 1e6
+    return line("torch int4 8192^2 g128, batch 1", took, limit, None, "", ratio=limit / took)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="also write the rows there, as JSON")
+    parser.add_argument("--only", choices=["vector", "int8", "decode"], help="a part of the table")
+    asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("this table needs a CUDA GPU", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    from fewbits.speed.machine import measure
+
+    machine = measure(torch.device("cuda"), torch.bfloat16)
+    print(f"{machine.name}: copy {machine.copy / 1e12:.2f} TB/s, bf16 {machine.flops / 1e12:.0f} TFLOP/s")
+    rows: list[dict[str, Any]] = []
+    if asked.only in (None, "vector"):
+        rows += [
+            vector("W4A16 g128 8192^2, batch 1", machine.copy, 0.8, bits=4),
+            vector("W3A16 g128 8192^2, batch 1", machine.copy, 0.8, bits=3),
+            vector("W2A16 g128 8192^2, batch 1", machine.copy, None, bits=2),
+            vector("LUT 4 bits 8192^2, batch 1", machine.copy, 0.8, bits=4, table=True),
+            vector("LUT 3 bits 8192^2, batch 1", machine.copy, 0.8, bits=3, table=True),
+            vector("LUT 3 bits + 0.45 % sparse", machine.copy, None, bits=3, table=True, sparse=0.0045),
+            torch_int4(machine.copy),
+        ]
+    if asked.only in (None, "int8"):
+        rows += int8_product(machine.flops)
+    if asked.only in (None, "decode"):
+        rows += decoding(machine.copy)
+    if asked.out is not None:
+        asked.out.write_text(json.dumps({"machine": machine.to_dict(), "rows": rows}, indent=1))
+    missed = [row["name"] for row in rows if row["met"] is False]
+    print(f"{len(missed)} targets missed{': ' + ', '.join(missed) if missed else ''}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Which kernel multiplies a packed weight: the fastest of those able to, measured on the shape at hand.
+
+What torch brings comes first in the list, own C and Triton code after it, plain torch last: that can do everything and
+is what runs where nothing else can. A choice says why it was made. It is measured once a shape and kept; naming a
+kernel, or the variable FEWBITS_KERNEL, decides without measuring.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import FewbitsError
+
+VARIABLE = "FEWBITS_KERNEL"
+#: Rows of a prompt, which kernels for fewer rows meet too. Only those within this factor of the fastest are asked it.
+PROMPT, CLOSE = 128, 3.0
+Run = Callable[[int], Any]
+#: By what the weight is: packed codes; int8 beside 8-bit activations; 8-bit floats beside such activations, or alone.
+KERNELS = {
+    "codes": ("torch_int4", "native", "triton", "reference"),
+    "int8": ("torch_int_mm", "native", "triton", "reference"),
+    "float8": ("torch_scaled_mm", "reference"),
+    "float8_weight": ("reference",),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product to be done: [rows, inputs] times a weight [outputs, inputs].
+
+    kind: of `KERNELS`. bits: of a stored code. group: columns that share a scale. table: the codes index levels.
+    extras: something is kept beside the codes, or the columns are reordered.
+    """
+
+    kind: str
+    bits: int
+    group: int
+    outputs: int
+    inputs: int
+    rows: int
+    dtype: torch.dtype
+    device: torch.device
+    table: bool = False
+    extras: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel chosen, the reason in a sentence, and the milliseconds of each one measured."""
+
+    kernel: str
+    why: str
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+
+def check_name(kernel: str) -> None:
+    """Raises `FewbitsError` for anything but "auto" and the names of kernels."""
+    known = sorted({name for names in KERNELS.values() for name in names})
+    if kernel not in ("auto", *known):
+        raise FewbitsError(f"kernel {kernel!r}: choose auto or one of {', '.join(known)}")
+
+
+def unable(kernel: str, case: Case) -> str | None:
+    """Why a kernel cannot do a case; None where it can."""
+    return _UNABLE[kernel](case)
+
+
+def choose(case: Case, make: Callable[[str], Run], kernel: str = "auto") -> Choice:
+    """The kernel for a case. `make(name)` returns a function that runs the product on so many rows with that kernel.
+
+    kernel: "auto", or the name of the one to take. Raises `FewbitsError` for a name that is unknown, or that cannot do
+    the case.
+    """
+    names = KERNELS[case.kind]
+    wanted = os.environ.get(VARIABLE, "") or "auto" if kernel == "auto" else kernel
+    if wanted != "auto":
+        check_name(wanted)
+        if wanted not in names:
+            return Choice("reference", f"{wanted} is for other weights")
+        why = unable(wanted, case)
+        if why is not None:
+            raise FewbitsError(f"kernel {wanted} cannot multiply this weight: {why}")
+        return Choice(wanted, "asked for")
+    found = _choices.get(case)
+    if found is None:
+        found = _choices[case] = _measured(case, names, make)
+    return found
+
+
+_choices: dict[Case, Choice] = {}
+
+
+def _measured(case: Case, names: Sequence[str], make: Callable[[str], Run]) -> Choice:
+    reasons = {name: unable(name, case) for name in names}
+    able = [name for name in names if reasons[name] is None]
+    out = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if why is not None)
+    if len(able) == 1:
+        return Choice(able[0], f"the only one able to ({out})")
+    runs: dict[str, Run] = {}
+    timed: dict[str, float] = {}
+    for name in able:
+        try:
+            runs[name] = run = make(name)
+            timed[name] = milliseconds(functools.partial(run, case.rows), case.device)
+        except (RuntimeError, NotImplementedError) as error:  # an op that this build of torch lacks
+            if name == "reference":
+                raise
+            out = "; ".join(filter(None, (out, f"not {name}: {str(error).splitlines()[0][:120]}")))
+    score, when = timed, f"{case.rows} rows"
+    close = [name for name, value in timed.items() if value < CLOSE * min(timed.values())]
+    if case.rows < PROMPT and len(close) > 1:
+        # a prompt is read before so many rows follow it
+        score = {
+            name: timed[name] + milliseconds(functools.partial(runs[name], PROMPT), case.device, 0, 1) / PROMPT
+            for name in close
+        }
+        when = f"{case.rows} rows with a prompt of {PROMPT} to as many"
+    best = min(score, key=lambda name: score[name])
+    shown = ", ".join(f"{name} {value:.3g} ms" for name, value in sorted(score.items(), key=lambda item: item[1]))
+    far = ", ".join(f"{name} {value:.3g} ms" for name, value in timed.items() if name not in score)
+    return Choice(best, f"fastest at {when} ({'; '.join(filter(None, (shown, far, out)))})", timed)
+
+
+def milliseconds(run: Callable[[], Any], device: torch.device, seconds: float = 0.05, least: int = 3) -> float:
+    """Median time of a call: after one or two to warm up, as many as fit `seconds`, from `least` to fifty."""
+    for _ in range(min(2, least)):
+        run()
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < least or (time.perf_counter() - started < seconds and len(times) < 50):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        else:
+            before = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - before))
+    return statistics.median(times)
+
+
+# -- what each kernel needs ----------------------------------------------------------------------------------------
+
+
+def _torch_int4(case: Case) -> str | None:
+    if case.bits != 4 or case.table:
+        return "it takes 4-bit codes on a uniform grid"
+    if case.extras:
+        return "it holds no parts beside the codes and no other order of columns"
+    if case.group not in (32, 64, 128, 256) or case.inputs % case.group:
+        return "it takes groups of 32, 64, 128 or 256 columns that divide the row"
+    if case.device.type == "cuda":
+        if case.dtype != torch.bfloat16:
+            return "on a GPU it takes bfloat16 activations"
+        if case.inputs % 128 or case.outputs % 8:
+            return "on a GPU it takes multiples of 128 columns and 8 rows"
+        return None
+    if case.device.type != "cpu":
+        return f"it does not run on {case.device.type}"
+    if case.outputs % 32 or case.inputs % 32:
+        return "it takes multiples of 32 rows and columns"
+    return None
+
+
+def _torch_int_mm(case: Case) -> str | None:
+    if case.device.type == "cuda":
+        return "it takes multiples of 8 rows and columns" if case.inputs % 8 or case.outputs % 8 else None
+    return None if case.device.type == "cpu" else f"it does not run on {case.device.type}"
+
+
+def _torch_scaled_mm(case: Case) -> str | None:
+    if case.outputs % 16 or case.inputs % 16:
+        return "it takes multiples of 16 rows and columns"
+    if case.device.type == "cuda" and torch.cuda.get_device_capability(case.device) < (8, 9):
+        return "this GPU has no 8-bit floats"
+    return None if case.device.type in ("cpu", "cuda") else f"it does not run on {case.device.type}"
+
+
+def _native(case: Case) -> str | None:
+    if case.device.type != "cpu":
+        return "it is for CPUs"
+    from fewbits.kernels import native
+
+    return native.unavailable()
+
+
+def _triton(case: Case) -> str | None:
+    if case.device.type != "cuda":
+        return "it needs a GPU"
+    return None if _has_triton() else "the package triton is not installed"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+_UNABLE: dict[str, Callable[[Case], str | None]] = {
+    "torch_int4": _torch_int4,
+    "torch_int_mm": _torch_int_mm,
+    "torch_scaled_mm": _torch_scaled_mm,
+    "native": _native,
+    "triton": _triton,
+    "reference": lambda case: None,
+}
+
+
+def padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T in int32 by torch, for int8 [m, k] and [n, k]; few rows are filled up where a GPU wants more than 16."""
+    rows = a.shape[0]
+    if a.is_cuda and rows <= 16:
+        a = torch.nn.functional.pad(a, (0, 0, 0, 32 - rows))
+    return torch._int_mm(a, b.t())[:rows]

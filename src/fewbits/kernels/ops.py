@@ -1,0 +1,239 @@
+"""Custom ops of packed weights and 8-bit products: one entry each, whatever runs behind it.
+
+`backend` is "auto" (Triton on a GPU, plain torch elsewhere), "triton" or "reference". The ops have fake
+implementations, so `torch.compile(fullgraph=True)` and `torch.export` take them, and they can be captured in CUDA
+graphs. Triton is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from fewbits.errors import FewbitsError
+from fewbits.kernels import reference
+
+BACKENDS = ("auto", "triton", "reference")
+
+
+def eager(x: Tensor) -> bool:
+    """Whether nothing traces or differentiates what is done to `x`.
+
+    The function behind an op, `run_...`, may then be called in its place: an op made in Python costs some 60
+    microseconds a call, more than a small layer.
+    """
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and _get_current_dispatch_mode() is None
+    )
+
+
+def _triton(backend: str, x: Tensor) -> bool:
+    if backend not in BACKENDS:
+        raise FewbitsError(f"kernel backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    return backend == "triton" or (backend == "auto" and x.is_cuda)
+
+
+def _launchers() -> Any:
+    try:
+        from fewbits.kernels import launch
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        raise FewbitsError("this kernel needs triton, which torch brings on Linux: pip install triton") from None
+    return launch
+
+
+def run_packed_matmul(
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    columns: Tensor | None = None,
+    starts: Tensor | None = None,
+    places: Tensor | None = None,
+    entries: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`x` [..., in] times a packed weight, [..., out] in the type of `x`; sums in float32.
+
+    words: int32 [ceil(in / 32) * bits, out] (`kernels.words`). Either `scale` and `zero` [groups, out], the weight then
+    being (code - zero) * scale with `group` columns a group (a multiple of 32, or at least `in`); or `table`
+    [2^bits, out], one level a code. Laid over it are added: `columns` [kept, out] at the inputs `index` int64 [kept],
+    and the compressed sparse rows `starts` int32 [out + 1], `places` int32 [entries], `entries`. Then `bias` [out].
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    given = (words, scale, zero, table, bits, group, bias, index, columns, starts, places, entries)
+    run = _launchers().packed_matmul if _triton(backend, x) else reference.packed_matmul
+    return run(flat, *given).reshape(*x.shape[:-1], words.shape[1]).contiguous()
+
+
+packed_matmul = torch.library.custom_op("fewbits::packed_matmul", mutates_args=())(run_packed_matmul)
+
+
+@packed_matmul.register_fake
+def _(x: Tensor, words: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], words.shape[1])
+
+
+def run_native_matmul(
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    outputs: int,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    columns: Tensor | None = None,
+    starts: Tensor | None = None,
+    places: Tensor | None = None,
+    entries: Tensor | None = None,
+) -> Tensor:
+    """`packed_matmul` by compiled C on a CPU, whose order of the same tensors is another (`kernels.native`).
+
+    words: int32, flat, of `native.packed_rows`; scale and offset (scale times zero
+    point) float32 [out, groups]; table float32 [out, 2^bits].
+    """
+    from fewbits.kernels import native
+
+    flat = x.reshape(-1, x.shape[-1])
+    given = (words, scale, offset, table, bits, group, outputs, bias, index, columns, starts, places, entries)
+    return native.product(flat, *given).reshape(*x.shape[:-1], outputs).contiguous()
+
+
+native_matmul = torch.library.custom_op("fewbits::native_matmul", mutates_args=(), device_types="cpu")(
+    run_native_matmul
+)
+
+
+@native_matmul.register_fake
+def _(x: Tensor, words: Tensor, *rest: Any, outputs: int | None = None, **__: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rest[5] if outputs is None else outputs)
+
+
+def run_native_int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T in int32 of int8 [m, k] and [n, k], by compiled C on a CPU."""
+    from fewbits.kernels import native
+
+    return native.int8_product(a, b)
+
+
+native_int8_product = torch.library.custom_op("fewbits::native_int8_product", mutates_args=(), device_types="cpu")(
+    run_native_int8_product
+)
+
+
+@native_int8_product.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=torch.int32)
+
+
+def run_quantize_rows(
+    x: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    low: int,
+    high: int,
+    symmetric: bool,
+    floor: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of `x` [m, k] on a uniform grid of codes low..high: codes int8 [m, k], scales, zeros [m], sums int32 [m].
+
+    `scale` and `zero` (one number each, on the device) fix the grid; without them each row gets its own: `symmetric`
+    [-b, b] with b = max(|x|, floor), zero in the middle, or else its range with zero inside. The codes of a grid that
+    passes 127 are moved down by 128, and so is `zeros`. x is about (codes - zeros) * scales; sums are of the codes.
+    """
+    run = _launchers().quantize_rows if _triton(backend, x) else reference.encode_rows
+    return run(x, scale, zero, low, high, symmetric, floor)
+
+
+quantize_rows = torch.library.custom_op("fewbits::quantize_rows", mutates_args=())(run_quantize_rows)
+
+
+@quantize_rows.register_fake
+def _(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.shape[0]
+    return (
+        x.new_empty(x.shape, dtype=torch.int8), x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.int32),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("fewbits::norm_quantize", mutates_args=())
+def norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    low: int,
+    high: int,
+    symmetric: bool,
+    floor: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_rows` of the layer norm (`centred`) or RMS norm of `x` [m, k], which is never written out."""
+    if _triton(backend, x):
+        return _launchers().quantize_rows(
+            x, scale, zero, low, high, symmetric, floor, 2 if centred else 1, weight, bias, eps
+        )
+    made = reference.normalised(x, weight, bias, eps, centred)
+    return reference.encode_rows(made, scale, zero, low, high, symmetric, floor)
+
+
+@norm_quantize.register_fake
+def _(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.shape[0]
+    return (
+        x.new_empty(x.shape, dtype=torch.int8), x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.int32),
+    )  # fmt: skip
+
+
+def run_int8_matmul(
+    a: Tensor,
+    b: Tensor,
+    scales_a: Tensor,
+    zeros_a: Tensor,
+    sums_a: Tensor,
+    scales_b: Tensor,
+    zeros_b: Tensor,
+    sums_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    symmetric_b: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """scales_a[m] * scales_b[n] * sum_k (a[m, k] - zeros_a[m]) * (b[n, k] - zeros_b[n]) + bias[n], as `dtype` [m, n].
+
+    a [m, k] and b [n, k] are int8, scales and (integer) zeros float32, sums the int32 row sums of the codes. Sums and
+    zero points are exact in int32; the rest is float32. symmetric_b: zeros_b is all zero.
+    """
+    given = (a, b, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, bias, dtype)
+    if _triton(backend, a):
+        return _launchers().int8_matmul(*given, symmetric_b)
+    return reference.int8_matmul(*given)
+
+
+int8_matmul = torch.library.custom_op("fewbits::int8_matmul", mutates_args=())(run_int8_matmul)
+
+
+@int8_matmul.register_fake
+def _(a: Tensor, b: Tensor, *rest: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=rest[7] if dtype is None else dtype)

@@ -1,0 +1,134 @@
+"""What every kernel here computes, in plain torch: the paths of machines without a GPU, and the tests' yardstick."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewbits.kernels.words import RUN
+
+
+def packed_matmul(
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    columns: Tensor | None = None,
+    starts: Tensor | None = None,
+    places: Tensor | None = None,
+    entries: Tensor | None = None,
+) -> Tensor:
+    """`ops.packed_matmul` by decoding the weight whole, in float32, and rounding it to the type of `x`."""
+    weight = decode(words, scale, zero, table, bits, group, x.shape[-1])
+    if index is not None and columns is not None:
+        weight.index_add_(0, index, columns.to(weight.dtype))
+    if starts is not None and places is not None and entries is not None:
+        row = torch.repeat_interleave(torch.arange(len(starts) - 1, device=x.device), starts.long().diff())
+        weight.index_put_((places.long(), row), entries.to(weight.dtype), accumulate=True)
+    out = x @ weight.to(x.dtype)
+    return out if bias is None else out + bias.to(x.dtype)
+
+
+def decode(
+    words: Tensor, scale: Tensor | None, zero: Tensor | None, table: Tensor | None, bits: int, group: int, inputs: int
+) -> Tensor:
+    """The weight [in, out] of packed codes with `scale` and `zero` [groups, out], or with `table` [2^bits, out].
+
+    float32, or float64 where scale or table are.
+    """
+    if table is not None:
+        codes = torch.empty(words.shape[0] // bits * RUN, words.shape[1], dtype=torch.int64, device=words.device)
+        return table.to(_wide(table)).gather(0, unpack_into(codes, words, bits)[:inputs])
+    assert scale is not None and zero is not None
+    wide = _wide(scale)
+    weight = torch.empty(words.shape[0] // bits * RUN, words.shape[1], dtype=wide, device=words.device)
+    weight = unpack_into(weight, words, bits)[:inputs]
+    groups, whole = inputs // group, inputs // group * group
+    for part, at in ((weight[:whole], slice(0, groups)), (weight[whole:], slice(groups, None))):
+        if len(part):
+            grouped = part.unflatten(0, (-1, min(group, len(part))))
+            grouped.sub_(zero[at].to(wide).unsqueeze(1)).mul_(scale[at].to(wide).unsqueeze(1))
+    return weight
+
+
+def unpack_into(out: Tensor, words: Tensor, bits: int) -> Tensor:
+    """`out` [runs * 32, out], of any type, filled with the codes of `kernels.words`: what a decoder reads them into."""
+    word, place = words.view(-1, bits, words.shape[1]), out.view(-1, RUN, words.shape[1])
+    for k in range(RUN):
+        at, bit = divmod(bits * k, 32)
+        code = word[:, at] >> bit
+        if bit > 32 - bits:
+            low = (1 << (32 - bit)) - 1
+            code = (code & low) | (word[:, at + 1] << (32 - bit))
+        place[:, k] = code & ((1 << bits) - 1)
+    return out
+
+
+def _wide(held: Tensor) -> torch.dtype:
+    return torch.promote_types(held.dtype, torch.float32)
+
+
+def encode_rows(
+    x: Tensor, scale: Tensor | None, zero: Tensor | None, low: int, high: int, symmetric: bool, floor: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ops.quantize_rows` in torch: (codes int8 [m, k], scales [m], zeros [m], sums int32 [m])."""
+    shift = 128 if high > 127 else 0
+    middle = (low + high + 1) // 2 if low >= 0 else 0
+    value = x.float()
+    if scale is None or zero is None:
+        lowest, highest = value.amin(-1), value.amax(-1)
+        if symmetric:
+            bound = torch.maximum(highest, -lowest).clamp_min(floor)
+            bound = torch.where(bound == 0, torch.ones_like(bound), bound)
+            scale, zero = (bound / (high - middle)).clamp_min(1e-20), torch.full_like(bound, float(middle))
+        else:
+            lowest, highest = lowest.clamp_max(0), highest.clamp_min(0)
+            flat = lowest == highest
+            lowest, highest = torch.where(flat, -1.0, lowest), torch.where(flat, 1.0, highest)
+            scale = ((highest - lowest) / (high - low)).clamp_min(1e-20)
+            zero = (low - torch.round(lowest / scale)).clamp(low, high)
+    else:
+        # copies: an op must not give back what it was given
+        scale, zero = (held.float().reshape(-1).repeat(len(x)) for held in (scale, zero))
+    code = (torch.round(value / scale[:, None]) + zero[:, None]).clamp(low, high) - shift
+    return code.to(torch.int8), scale.contiguous(), (zero - shift).contiguous(), code.sum(-1).to(torch.int32)
+
+
+def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
+    """RMS norm, or with `centred` layer norm, in float32, rounded to the type of `x`."""
+    value = x.float()
+    if centred:
+        value = value - value.mean(-1, keepdim=True)
+    value = value * (value.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()
+    return (value if bias is None else value + bias.float()).to(x.dtype)
+
+
+def int8_matmul(
+    a: Tensor,
+    b: Tensor,
+    scales_a: Tensor,
+    zeros_a: Tensor,
+    sums_a: Tensor,
+    scales_b: Tensor,
+    zeros_b: Tensor,
+    sums_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    product: Tensor | None = None,
+) -> Tensor:
+    """`ops.int8_matmul` in torch; `product` is a @ b.T in int32 where something else made it.
+
+    Without one, the codes are multiplied as float32, 1024 columns at a time, whose sums stay within 2^24: exactly.
+    """
+    if product is None:
+        pieces = zip(a.split(1024, 1), b.split(1024, 1), strict=True)
+        product = sum((left.float() @ right.float().T).to(torch.int32) for left, right in pieces)
+    acc = product - zeros_a.int()[:, None] * sums_b[None, :]
+    acc = acc - (sums_a - a.shape[-1] * zeros_a.int())[:, None] * zeros_b.int()[None, :]
+    out = acc.float() * scales_a[:, None] * scales_b[None, :]
+    return (out if bias is None else out + bias.float()).to(dtype)

@@ -1,0 +1,132 @@
+"""Triton kernels for 8-bit activations: quantize rows, multiply int8 matrices, and normalise and quantize in one pass.
+
+Grids are those of `formats.Uniform`: code = clamp(round_half_even(x / scale) + zero), x = (code - zero) * scale. Codes
+are stored as int8 whatever their sign; an unsigned grid is moved down by 128 with its zero point.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MATRIX_CONFIGS = [
+    triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, num_warps=warps, num_stages=stages)
+    for m, n, k, warps, stages in (
+        (128, 256, 128, 8, 3),
+        (128, 256, 64, 8, 4),
+        (256, 128, 64, 8, 4),
+        (128, 128, 128, 4, 3),
+        (128, 128, 128, 8, 4),
+        (64, 128, 128, 4, 4),
+        (64, 64, 128, 4, 4),
+        (32, 64, 128, 4, 4),
+        (16, 64, 256, 4, 4),
+    )
+]
+
+
+@triton.jit
+def round_half_even(x):
+    """x rounded to integers, ties to even, |x| below 2^22: adding 1.5 * 2^23 leaves no fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _encode(x, scale, zero, low, high):
+    ratio = tl.math.div_rn(x, scale)
+    code = round_half_even(tl.minimum(tl.maximum(ratio, -4194304.0), 4194303.0)) + zero
+    return tl.minimum(tl.maximum(code, low), high).to(tl.int32)
+
+
+@triton.jit
+def _row_grid(low_value, high_value, low, high, middle, floor, SYMMETRIC: tl.constexpr):
+    """Scale and zero point of one row from its range: the largest magnitude, or the whole range with zero inside it."""
+    if SYMMETRIC:
+        bound = tl.maximum(tl.maximum(high_value, -low_value), floor)
+        bound = tl.where(bound == 0.0, 1.0, bound)
+        return tl.maximum(tl.math.div_rn(bound, high - middle), 1e-20), middle
+    low_value, high_value = tl.minimum(low_value, 0.0), tl.maximum(high_value, 0.0)
+    flat = low_value == high_value
+    low_value, high_value = tl.where(flat, -1.0, low_value), tl.where(flat, 1.0, high_value)
+    scale = tl.maximum(tl.math.div_rn(high_value - low_value, high - low), 1e-20)
+    zero = low - round_half_even(tl.math.div_rn(low_value, scale))
+    return scale, tl.minimum(tl.maximum(zero, low), high)
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x, weight, bias, scale, zero, codes, scales, zeros, sums, columns, stride_x, low, high, middle, shift, floor,
+    norm_eps,
+    STATIC: tl.constexpr, SYMMETRIC: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row a program. NORM: 0 none, 1 RMS, 2 layer norm; the row's sum of codes goes to `sums`."""
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    there = column < columns
+    value = tl.load(x + row.to(tl.int64) * stride_x + column, mask=there, other=0.0).to(tl.float32)
+    if NORM != 0:
+        if NORM == 2:
+            value = tl.where(there, value - tl.sum(value, 0) / columns, 0.0)
+        value = value * (1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / columns + norm_eps))
+        value = value * tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+        if BIAS:
+            value = value + tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
+        value = value.to(x.dtype.element_ty).to(tl.float32)  # as a norm of its own would have rounded
+    if STATIC:
+        step, offset = tl.load(scale), tl.load(zero)
+    else:
+        lowest = tl.min(tl.where(there, value, float("inf")), 0)
+        highest = tl.max(tl.where(there, value, float("-inf")), 0)
+        step, offset = _row_grid(lowest, highest, low, high, middle, floor, SYMMETRIC)
+    code = tl.where(there, _encode(value, step, offset, low, high) - shift, 0)
+    tl.store(codes + row.to(tl.int64) * columns + column, code.to(tl.int8), mask=there)
+    tl.store(scales + row, step)
+    tl.store(zeros + row, offset - shift)
+    tl.store(sums + row, tl.sum(code, 0))
+
+
+@triton.jit
+def _matrix_kernel(
+    a, b, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, bias, out, m, n, k,
+    BIAS: tl.constexpr, ZERO_B: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = scales_a[m] * scales_b[n] * sum_k (a[m, k] - zeros_a[m]) * (b[n, k] - zeros_b[n]) + bias[n]."""
+    program = tl.program_id(0)
+    across, down = tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M)
+    # programs that share columns of b run together, so that those stay in cache
+    first = program // (GROUP * across) * GROUP
+    height = tl.minimum(down - first, GROUP)
+    row = (first + program % (GROUP * across) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = program % (GROUP * across) // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    # rows past the end read others again, which spares a mask; what they make is not stored
+    at_a = a + (row % m)[:, None].to(tl.int64) * k + inner[None, :]
+    at_b = b + (column % n)[None, :].to(tl.int64) * k + inner[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for at in range(0, k, BLOCK_K):
+        if EVEN:
+            tile_a, tile_b = tl.load(at_a), tl.load(at_b)
+        else:
+            left = inner < k - at
+            tile_a = tl.load(at_a, mask=left[None, :], other=0)
+            tile_b = tl.load(at_b, mask=left[:, None], other=0)
+        acc = tl.dot(tile_a, tile_b, acc, out_dtype=tl.int32)
+        at_a += BLOCK_K
+        at_b += BLOCK_K
+    there_m, there_n = row < m, column < n
+    # the zero points in integers: exact where the codes are
+    zero_a = tl.load(zeros_a + row, mask=there_m, other=0.0).to(tl.int32)
+    sum_b = tl.load(sums_b + column, mask=there_n, other=0)
+    acc -= zero_a[:, None] * sum_b[None, :]
+    if ZERO_B:
+        zero_b = tl.load(zeros_b + column, mask=there_n, other=0.0).to(tl.int32)
+        sum_a = tl.load(sums_a + row, mask=there_m, other=0)
+        acc -= (sum_a - k * zero_a)[:, None] * zero_b[None, :]
+    scale_a = tl.load(scales_a + row, mask=there_m, other=0.0)
+    scale_b = tl.load(scales_b + column, mask=there_n, other=0.0)
+    value = acc.to(tl.float32) * scale_a[:, None] * scale_b[None, :]
+    if BIAS:
+        value += tl.load(bias + column, mask=there_n, other=0.0).to(tl.float32)[None, :]
+    place = row[:, None].to(tl.int64) * n + column[None, :]
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=there_m[:, None] & there_n[None, :])

@@ -1,0 +1,116 @@
+"""Triton functions that turn words of packed codes into numbers, for the kernels in this package to share.
+
+Words are those of `kernels.words`: a run of 32 codes of b bits takes b words of 32 bits, and the words of one output
+lie `out` apart, so that neighbouring threads read neighbouring words whatever b is. A tile is [runs, 32, outputs].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def word_tile(words, run, column, inside, outputs, WORD: tl.constexpr, BITS: tl.constexpr):
+    """uint32 [runs, 1, outputs]: word number WORD of each run; 0 where `inside` is False."""
+    at = words + (run[:, None] * BITS + WORD).to(tl.int64) * outputs + column[None, :]
+    return tl.load(at, mask=inside, other=0).to(tl.uint32, bitcast=True)[:, None, :]
+
+
+@triton.jit
+def load_words(words, run, column, inside, outputs, BITS: tl.constexpr):
+    """The words of each run, eight places of which the first BITS are used."""
+    w0 = word_tile(words, run, column, inside, outputs, 0, BITS)
+    w1 = word_tile(words, run, column, inside, outputs, 1 if BITS > 1 else 0, BITS)
+    w2 = word_tile(words, run, column, inside, outputs, 2 if BITS > 2 else 0, BITS)
+    w3 = word_tile(words, run, column, inside, outputs, 3 if BITS > 3 else 0, BITS)
+    w4 = word_tile(words, run, column, inside, outputs, 4 if BITS > 4 else 0, BITS)
+    w5 = word_tile(words, run, column, inside, outputs, 5 if BITS > 5 else 0, BITS)
+    w6 = word_tile(words, run, column, inside, outputs, 6 if BITS > 6 else 0, BITS)
+    w7 = word_tile(words, run, column, inside, outputs, 7 if BITS > 7 else 0, BITS)
+    return w0, w1, w2, w3, w4, w5, w6, w7
+
+
+@triton.jit
+def pick(w, index, BITS: tl.constexpr):
+    """The word with the given index [1, 32, 1] of each run. The indices are constants: no selection is left over."""
+    out = w[0]
+    if BITS > 1:
+        out = tl.where(index == 1, w[1], out)
+    if BITS > 2:
+        out = tl.where(index == 2, w[2], out)
+    if BITS > 3:
+        out = tl.where(index == 3, w[3], out)
+    if BITS > 4:
+        out = tl.where(index == 4, w[4], out)
+    if BITS > 5:
+        out = tl.where(index == 5, w[5], out)
+    if BITS > 6:
+        out = tl.where(index == 6, w[6], out)
+    if BITS > 7:
+        out = tl.where(index == 7, w[7], out)
+    return out
+
+
+@triton.jit
+def codes(w, BITS: tl.constexpr):
+    """uint32 [runs, 32, outputs]: the codes of each run."""
+    bit = (tl.arange(0, 32) * BITS)[None, :, None]
+    index, place = bit // 32, bit % 32
+    value = pick(w, index, BITS) >> place.to(tl.uint32)
+    if 32 % BITS != 0:
+        over = place + BITS > 32
+        rest = pick(w, index + 1, BITS) << ((32 - place) % 32).to(tl.uint32)
+        value = value | tl.where(over, rest, 0)
+    return value & ((1 << BITS) - 1)
+
+
+@triton.jit
+def to_float(code):
+    """float32 of codes below 2^23, without the slow integer conversion: the code becomes a mantissa."""
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def mantissa_weights(BITS: tl.constexpr):
+    """float32 [32]: what 1 in each code of a run adds to its `mantissas`, inverted."""
+    step, _, _, _ = _placing(BITS)
+    return ((23 - step + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _placing(BITS: tl.constexpr):
+    """Where `mantissas` puts each code of a run: bit in the mantissa, word, shift, and whether it straddles.
+
+    Several codes of a word are used at the places where one shift of the word puts them, as many as fit the upper
+    twelve bits of the mantissa: a mask each, a shift for all. Lower places would lose precision in the difference.
+    """
+    SHARED: tl.constexpr = 1 if BITS > 6 else (2 if BITS > 4 else 3)
+    LOW: tl.constexpr = 23 - SHARED * BITS
+    c = tl.arange(0, 32)
+    index = c * BITS // 32
+    over = c * BITS % 32 + BITS > 32
+    first = (index * 32 + BITS - 1) // BITS
+    nth = c - first
+    bit = (first + nth // SHARED * SHARED) * BITS - index * 32
+    step = tl.where(over, LOW, LOW + nth % SHARED * BITS)
+    shift = tl.where(over, LOW - c * BITS % 32, LOW - bit)
+    return step, index, shift, over
+
+
+@triton.jit
+def mantissas(w, one, BITS: tl.constexpr):
+    """float32 [runs, 32, outputs]: 1 + code / weight, weight as in `mantissa_weights`; one mask a code, few shifts.
+
+    one: the bits of 1.0f. Only as a number that the compiler does not know does it join the mask in one instruction.
+    """
+    step, index, shift, over = _placing(BITS)
+    step, index, shift, over = step[None, :, None], index[None, :, None], shift[None, :, None], over[None, :, None]
+    left, right = tl.maximum(shift, 0).to(tl.uint32), tl.maximum(-shift, 0).to(tl.uint32)
+    word = pick(w, index, BITS)
+    value = tl.where(shift >= 0, word << left, word >> right)
+    if 32 % BITS != 0:
+        rest = pick(w, index + 1, BITS) << tl.where(over, 32 + shift, 0).to(tl.uint32)
+        value = tl.where(over, value | rest, value)
+    kept = value & (((1 << BITS) - 1) << step).to(tl.uint32)
+    return (kept | one.to(tl.uint32)).to(tl.float32, bitcast=True)
