@@ -27,6 +27,8 @@ from fewbits.rounding.gptq import decode_columns
 
 ATTRIBUTE = "_fewbits"
 Observer = Callable[[Tensor], None]
+#: Stands for the quantizer of a site, given the tensor there.
+Emitter = Callable[[Site, Tensor], Tensor]
 #: What a recorded elementwise call may be replaced by.
 REPLACEMENTS: dict[str, Callable[..., Tensor]] = {"relu": F.relu, "identity": lambda x: x}
 
@@ -80,6 +82,7 @@ class Attachment(Tracer):
         self.activations = True
         self.enabled = True
         self.calibrating: set[str] = set()
+        self.emitter: Emitter | None = None
         self.skipped: set[str] = set()
         self._sites_at: dict[CallKey, list[Site]] = {}
         for site in sites.values():
@@ -261,6 +264,20 @@ class Attachment(Tracer):
             self.enabled = before
             self._replan()
 
+    @contextmanager
+    def emitting(self, emitter: Emitter) -> Iterator[None]:
+        """Call `emitter` in place of every enabled quantizer while the context lasts, of frozen weights too.
+
+        For exports: what it returns goes on through the forward.
+        """
+        self.emitter = emitter
+        self._replan()
+        try:
+            yield
+        finally:
+            self.emitter = None
+            self._replan()
+
     def _replan(self) -> None:
         """Work out anew what happens at every call."""
         self._plans = {}
@@ -284,7 +301,7 @@ class Attachment(Tracer):
             if (
                 quantizer is not None
                 and quantizer.enabled
-                and site.name not in self.frozen
+                and (site.name not in self.frozen or self.emitter is not None)
                 and (self.activations or site.role == "weight")
             ):
                 plan.quantizers[site.slot] = (quantizer, site)
@@ -384,6 +401,8 @@ class Attachment(Tracer):
         return x * factor.to(x.dtype).view(shape)
 
     def _quantize(self, quantizer: Quantizer, site: Site, x: Tensor) -> Tensor:
+        if self.emitter is not None:
+            return self.emitter(site, x)
         _follow(quantizer, x)
         if site.role == "weight":
             weight = canonical(x, site.layout, site.groups)

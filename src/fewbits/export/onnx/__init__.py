@@ -1,0 +1,5 @@
+"""ONNX files with QuantizeLinear and DequantizeLinear around quantized ops, for onnxruntime and OpenVINO.
+
+`trace` runs the model's forward once with a mark in place of every quantizer and turns it into an ONNX graph; `rewrite`
+puts integers where the marks are (`weights` lays them out); `runtimes` and `check` run the file and compare.
+"""
