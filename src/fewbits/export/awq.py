@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from fewbits.export.base import Obstacle, Subject, Target
-from fewbits.export.comparison import answers, compared, insist
-from fewbits.export.linears import HALF_TOLERANCE, group_of, half, linears, stored, unfit
-from fewbits.export.transformers_folder import dense_folder, write_folder
+from fewbits.export.linears import group_of, half, linears, stored, unfit
+from fewbits.export.transformers_folder import check_dense, write_folder
 
 #: Which of eight neighbours lies at each place of a word, from the lowest bits up.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -85,17 +84,7 @@ class Export(Target):
         return {"layers": len(subject.layers), "dtype": dtype, "scale_change": worst, **config}
 
     def check(self, subject: Subject, folder: Path) -> list[dict[str, Any]]:
-        import compressed_tensors
-        import transformers
-
-        runtime = (
-            f"compressed-tensors {compressed_tensors.__version__} (converter), transformers {transformers.__version__}"
-        )
-        model = dense_folder(subject, folder, _decode)
-        batches = subject.inputs()
-        entry = compared(runtime, answers(subject.loaded.model, batches), answers(model, batches))
-        insist(entry, HALF_TOLERANCE)
-        return [entry]
+        return check_dense(subject, folder, _decode, "compressed-tensors", "converter")
 
 
 def pack(codes: Tensor) -> Tensor:

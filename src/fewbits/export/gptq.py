@@ -24,10 +24,9 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.export.base import Obstacle, Subject, Target
-from fewbits.export.comparison import answers, compared, insist
 from fewbits.export.layers import Layer
-from fewbits.export.linears import HALF_TOLERANCE, group_of, half, linears, stored, unfit
-from fewbits.export.transformers_folder import dense_folder, write_folder
+from fewbits.export.linears import group_of, half, linears, stored, unfit
+from fewbits.export.transformers_folder import check_dense, write_folder
 from fewbits.kernels.words import pack_words
 
 FORMATS = ("gptq", "gptq_v2")
@@ -74,17 +73,7 @@ class Export(Target):
         return {"layers": len(subject.layers), "dtype": dtype, "scale_change": worst, **config}
 
     def check(self, subject: Subject, folder: Path) -> list[dict[str, Any]]:
-        import compressed_tensors
-        import transformers
-
-        runtime = (
-            f"compressed-tensors {compressed_tensors.__version__} (unpacking), transformers {transformers.__version__}"
-        )
-        model = dense_folder(subject, folder, _decode)
-        batches = subject.inputs()
-        entry = compared(runtime, answers(subject.loaded.model, batches), answers(model, batches))
-        insist(entry, HALF_TOLERANCE)
-        return [entry]
+        return check_dense(subject, folder, _decode, "compressed-tensors", "unpacking")
 
 
 def _form(layer: Layer) -> tuple[int, int, bool]:

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
 from fewbits.export.base import Subject
+from fewbits.export.comparison import answers, compared, insist
 from fewbits.export.layers import unquantized_state
+from fewbits.export.linears import HALF_TOLERANCE
 from fewbits.hub.adapters.transformers import quiet
 from fewbits.hub.loaded import dtype_name, dtype_of, loading
 from fewbits.hub.output import write_json
@@ -118,6 +121,22 @@ def dense_folder(
         )
     _whole(info)
     return model.eval()
+
+
+def check_dense(
+    subject: Subject,
+    folder: Path,
+    decode: Callable[[dict[str, Any], str, dict[str, Tensor]], Tensor | None],
+    package: str,
+    part: str,
+) -> list[dict[str, Any]]:
+    """`Target.check` of a folder that `dense_folder` reads; `part` of `package` is what decodes its weights."""
+    runtime = f"{package} {version(package)} ({part}), transformers {version('transformers')}"
+    model = dense_folder(subject, folder, decode)
+    batches = subject.inputs()
+    entry = compared(runtime, answers(subject.loaded.model, batches), answers(model, batches))
+    insist(entry, HALF_TOLERANCE)
+    return [entry]
 
 
 def _whole(info: dict[str, Any]) -> None:
