@@ -30,11 +30,11 @@ from fewbits.hub import checkpoint
 from fewbits.hub.loaded import LoadedModel, plain
 from fewbits.papers import build_recipe
 from fewbits.papers.common import HEAD, input_rules, weight_rules
+from fewbits.papers.targeted import plan
 from fewbits.ranges import AbsMax
 from fewbits.recipe import Bits, Calibration, QSpec, Recipe, Scheme
 from fewbits.steps.calibrate import AttachDynamic, CalibrateActivations
 from fewbits.steps.nearest import RoundNearest
-from fewbits.targets.plan import plan
 
 transformers = pytest.importorskip("transformers")
 

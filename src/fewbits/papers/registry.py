@@ -15,7 +15,7 @@ from fewbits.errors import FewbitsError
 if TYPE_CHECKING:
     from fewbits.recipe import Recipe
 
-_NOT_PAPERS = {"__init__", "registry", "catalogue", "common"}
+_NOT_PAPERS = {"__init__", "registry", "catalogue", "common", "targeted"}
 #: Baselines that no paper is credited for.
 BASELINES = {"rtn"}
 #: Options every recipe takes.
@@ -157,8 +157,8 @@ def _apply_common(recipe: Recipe, options: dict[str, Any]) -> Recipe:
 
     from fewbits.changes import parse_changes
     from fewbits.papers.common import edge_rules
+    from fewbits.papers.targeted import calibrated, plan
     from fewbits.recipe import Rule
-    from fewbits.targets.plan import calibrated, plan
 
     if not options:
         return recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from fewbits.recipe import Recipe
-from fewbits.targets.profile import load_profile
+from fewbits.targets import load_profile
 
 
 def plan(recipe: Recipe, target: str) -> Recipe:
