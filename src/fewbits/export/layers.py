@@ -10,7 +10,7 @@ from torch import Tensor
 from fewbits.attach import Attachment
 from fewbits.errors import FewbitsError
 from fewbits.formats import Uniform
-from fewbits.graph.operands import parameter
+from fewbits.graph.operands import parameter, read
 from fewbits.graph.types import Site
 from fewbits.outliers.parts import Part
 from fewbits.quantizer import Quantizer
@@ -82,6 +82,24 @@ class Layer:
         return self.attachment.decoded(self.site.name)
 
 
+def layer_of(
+    attachment: Attachment, site: Site, quantizer: Quantizer, entry: tuple[Site, Quantizer] | None = None
+) -> Layer:
+    """One quantized weight; `entry` is what quantizes its layer's input.
+
+    A weight without committed codes is encoded from its parameter. Raises `FewbitsError` where that holds quantized
+    values which its grid cannot give back (parts of weights, say, whose codes were let go).
+    """
+    codes = attachment.codes.get(site.name)
+    if codes is None:
+        weight = read(attachment.model, site).flatten(1)
+        codes = quantizer.encode(weight)
+        if site.name in attachment.frozen and not torch.equal(quantizer.decode(codes).to(weight.dtype), weight):
+            raise FewbitsError(f"{site.name}: its codes were let go, and the weight left does not lie on the grid")
+    index, parts = attachment.group_index.get(site.name), attachment.parts.get(site.name, ())
+    return Layer(site, quantizer, codes.cpu(), attachment, index, parts, entry)
+
+
 def layers_of(attachment: Attachment) -> list[Layer]:
     """The quantized weights of a model, in the order of its sites.
 
@@ -98,23 +116,8 @@ def layers_of(attachment: Attachment) -> list[Layer]:
             continue
         if site.param is None:
             raise FewbitsError(f"{site.name} is computed in the forward, not stored: it cannot be exported")
-        codes = attachment.codes.get(site.name)
-        if codes is None:
-            from fewbits.graph.operands import read
-
-            codes = quantizer.encode(read(attachment.model, site).flatten(1))
         at_input = [held for (key, _), held in inputs.items() if key == site.key]
-        found.append(
-            Layer(
-                site,
-                quantizer,
-                codes.cpu(),
-                attachment,
-                attachment.group_index.get(site.name),
-                attachment.parts.get(site.name, ()),
-                at_input[0] if at_input else None,
-            )
-        )
+        found.append(layer_of(attachment, site, quantizer, at_input[0] if at_input else None))
     return found
 
 

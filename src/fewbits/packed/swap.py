@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fewbits.attach import Attachment, attachment_of
 from fewbits.errors import FewbitsError
-from fewbits.export.layers import Layer
-from fewbits.graph.operands import read, unwrapped
+from fewbits.export.layers import Layer, layer_of
+from fewbits.graph.operands import unwrapped
 from fewbits.graph.types import Site
 from fewbits.kernels.choose import Case, choose
 from fewbits.packed.forms import form_of
@@ -203,24 +203,14 @@ def _module(root: nn.Module, site: Site) -> tuple[str, nn.Module]:
 
 
 def _layer(attachment: Attachment, site: Site, quantizer: Quantizer) -> Layer:
-    codes = attachment.codes.get(site.name)
     if not quantizer.enabled:
         raise NotPackable("its quantizer is switched off")
-    if codes is None:
-        if not quantizer.ready:
-            raise NotPackable("its quantizer has no parameters yet")
-        weight = read(attachment.model, site).flatten(1)
-        codes = quantizer.encode(weight)
-        if site.name in attachment.frozen and not torch.equal(quantizer.decode(codes).to(weight.dtype), weight):
-            raise NotPackable("its codes were let go, and the weight that is left does not lie on the grid")
-    return Layer(
-        site,
-        quantizer,
-        codes.cpu(),
-        attachment,
-        attachment.group_index.get(site.name),
-        attachment.parts.get(site.name, ()),
-    )
+    if site.name not in attachment.codes and not quantizer.ready:
+        raise NotPackable("its quantizer has no parameters yet")
+    try:
+        return layer_of(attachment, site, quantizer)
+    except FewbitsError as error:
+        raise NotPackable(str(error)) from error
 
 
 # -- the model -----------------------------------------------------------------------------------------------------

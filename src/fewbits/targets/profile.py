@@ -136,8 +136,7 @@ class Profile:
 
     ops: weighted ops whose weight it stores in low bits ("*": all). roles: activation operands it quantizes.
     weights, activations: grids, the preferred first. accumulator: bits of the sums that products of codes go to.
-    placement: "inputs" of the ops that compute in low bits or "outputs" of fused ops; recipe: the one that places
-    quantizers as the target does, joined to any that has no placement of its own. requantizes: ops that give codes.
+    recipe: the one that places quantizers as the target does, joined to any other; "" where inputs of ops will do.
     """
 
     name: str
@@ -146,10 +145,8 @@ class Profile:
     roles: tuple[str, ...] = ("input", "lhs", "rhs")
     weights: tuple[Grid, ...] = ()
     activations: tuple[Grid, ...] = ()
-    placement: str = "inputs"
     accumulator: int = 32
     recipe: str = ""
-    requantizes: tuple[str, ...] = ()
 
     def grids(self, site: Site) -> tuple[Grid, ...]:
         return self.weights if site.role == "weight" else self.activations
