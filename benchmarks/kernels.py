@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels import ops, reference
+from fewbits.kernels.fragments import unpack_fragments
+from fewbits.kernels.words import pack_words
 from fewbits.outliers.parts import Sparse
 
 SIZE, GROUP, ROTATION = 8192, 128, 8
@@ -48,15 +51,10 @@ def graph_time(runs: list[Callable[[], Any]], repeats: int = 30) -> float:
     return statistics.median(times)
 
 
-def words(bits: int, outputs: int, inputs: int) -> Tensor:
-    """Random codes: every pattern of bits is one."""
-    shape = (-(-inputs // 32) * bits, outputs)
-    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
-
-
 def weight(bits: int, outputs: int, inputs: int, *, table: bool = False, sparse: float = 0.0) -> tuple[Any, ...]:
-    """Arguments of `packed_matmul` after the activations."""
-    made = words(bits, outputs, inputs)
+    """Arguments of `fragment_matmul` after the activations, of random codes: every pattern of bits is one."""
+    shape = (outputs // 16, inputs // 64, bits, 32)
+    made = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
     extras: tuple[Any, ...] = (None,) * 6
     if sparse:
         kept = torch.rand(outputs, inputs) < sparse
@@ -64,11 +62,11 @@ def weight(bits: int, outputs: int, inputs: int, *, table: bool = False, sparse:
         extras = (None, None, None, part.rows.cuda(), part.columns.cuda(), part.values.half().cuda())
     if table:
         levels = (torch.randn(1 << bits, outputs, device="cuda") * 0.02).sort(0).values
-        return (made, None, None, levels.half(), bits, inputs, *extras)
+        return (made, None, None, levels.half(), bits, inputs, outputs, *extras)
     groups = -(-inputs // GROUP)
     scale = (torch.rand(groups, outputs, device="cuda") * 0.01 + 0.001).half()
     zero = torch.randint(0, 1 << bits, (groups, outputs), device="cuda", dtype=torch.uint8)
-    return (made, scale, zero, None, bits, GROUP, *extras)
+    return (made, scale, zero, None, bits, GROUP, outputs, *extras)
 
 
 def size_of(given: tuple[Any, ...]) -> int:
@@ -77,21 +75,24 @@ def size_of(given: tuple[Any, ...]) -> int:
 
 def right(x: Tensor, given: tuple[Any, ...]) -> float:
     """Relative distance of a product from the one in float64; raises where it is not half precision's."""
-    wide = [held.double() if isinstance(held, Tensor) and held.is_floating_point() else held for held in given]
-    expected = reference.packed_matmul(x.double(), *wide)
-    found = ops.packed_matmul(x, *given).double()
+    words, scale, zero, table, bits, group, outputs, *extras = (
+        held.double() if isinstance(held, Tensor) and held.is_floating_point() else held for held in given
+    )
+    codes = unpack_fragments(words, bits, outputs, nibbles=table is not None)
+    expected = reference.packed_matmul(x.double(), pack_words(codes, bits), scale, zero, table, bits, group, *extras)
+    found = ops.fragment_matmul(x, *given).double()
     distance = float((found - expected).norm() / expected.norm())
     if not distance < 2e-3:
         raise AssertionError(f"wrong result: relative distance {distance:.3g} from float64")
     return distance
 
 
-def vector(name: str, copy: float, target: float | None, **options: Any) -> dict[str, Any]:
-    """A matrix-vector product SIZE x SIZE at batch 1."""
+def vector(name: str, copy: float, target: float | None, *, rows: int = 1, **options: Any) -> dict[str, Any]:
+    """A product SIZE x SIZE with one row of activations, or a few."""
     weights = [weight(outputs=SIZE, inputs=SIZE, **options) for _ in range(ROTATION)]
-    x = torch.randn(1, SIZE, device="cuda", dtype=torch.float16)
+    x = torch.randn(rows, SIZE, device="cuda", dtype=torch.float16)
     distance = right(x, weights[0])
-    took = graph_time([lambda given=given: ops.packed_matmul(x, *given) for given in weights])
+    took = graph_time([lambda given=given: ops.run_fragment_matmul(x, *given) for given in weights])
     limit = size_of(weights[0]) / copy * 1e6
     return line(name, took, limit, target, f"distance {distance:.1e}", ratio=limit / took)
 
@@ -143,7 +144,7 @@ def decoding(copy: float) -> list[dict[str, Any]]:
     inputs = {k: torch.randn(1, k, device="cuda", dtype=torch.float16) for _, k in LAYERS}
     right(inputs[LAYERS[0][1]], packed[0])
     shapes = [shape for _ in range(BLOCKS) for shape in LAYERS]
-    runs = [lambda g=g, x=inputs[k]: ops.packed_matmul(x, *g) for g, (_, k) in zip(packed, shapes, strict=True)]
+    runs = [lambda g=g, x=inputs[k]: ops.run_fragment_matmul(x, *g) for g, (_, k) in zip(packed, shapes, strict=True)]
     ours = graph_time(runs) * len(runs)
     read = sum(size_of(given) for given in packed)
     del packed, runs
@@ -172,6 +173,33 @@ def torch_int4(copy: float) -> dict[str, Any]:
     return line("torch int4 8192^2 g128, batch 1", took, limit, None, "", ratio=limit / took)
 
 
+def humming(copy: float, bits: int) -> dict[str, Any] | None:
+    """The same product by humming-kernels, where that is installed; its grid is symmetric."""
+    if find_spec("humming") is None:
+        return None
+    name = f"humming W{bits}A16 g128 8192^2, batch 1"
+    try:
+        from humming.layer import HummingLayer
+
+        layers = []
+        dense = torch.randn(SIZE, SIZE, device="cuda", dtype=torch.float16) * 0.02
+        for _ in range(ROTATION):
+            layer = HummingLayer(
+                shape_n=SIZE, shape_k=SIZE, weight_config={"dtype": f"int{bits}", "group_size": GROUP},
+                torch_dtype=torch.float16,
+            ).cuda()  # fmt: skip
+            layer.load_from_unquantized(dense)
+            layer.transform()
+            layers.append(layer)
+        x = torch.randn(1, SIZE, device="cuda", dtype=torch.float16)
+        took = graph_time([lambda layer=layer: layer(x) for layer in layers])
+    except Exception as error:  # another package's failure is a line of this table
+        print(f"{name}: failed, {type(error).__name__}: {str(error)[:200]}")
+        return None
+    limit = SIZE * SIZE * (bits / 8 + 2 / GROUP) / copy * 1e6
+    return line(name, took, limit, None, "", ratio=limit / took)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="also write the rows there, as JSON")
@@ -194,8 +222,10 @@ def main() -> int:
             vector("LUT 4 bits 8192^2, batch 1", machine.copy, 0.8, bits=4, table=True),
             vector("LUT 3 bits 8192^2, batch 1", machine.copy, 0.8, bits=3, table=True),
             vector("LUT 3 bits + 0.45 % sparse", machine.copy, None, bits=3, table=True, sparse=0.0045),
+            vector("W4A16 g128 8192^2, batch 8", machine.copy, None, bits=4, rows=8),
             torch_int4(machine.copy),
         ]
+        rows += [row for bits in (4, 3, 2) if (row := humming(machine.copy, bits)) is not None]
     if asked.only in (None, "int8"):
         rows += int8_product(machine.flops)
     if asked.only in (None, "decode"):

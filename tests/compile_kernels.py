@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fewbits.kernels import triton_finish, triton_group, triton_int8
+from fewbits.kernels import triton_finish, triton_fragments, triton_group, triton_int8, triton_vector
 
 POINTERS = {
     "x": "*fp16", "words": "*i32", "scale": "*fp16", "zero": "*u8", "table": "*fp16", "out": "*fp32",
@@ -44,23 +44,34 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warp
 
 
 def count(made: Any, opcode: str) -> int:
-    return len(re.findall(rf"\b{opcode}\b", made.asm["sass"]))
+    return len(re.findall(rf"\t(?:@!?U?P\w+ )?{opcode}\b", made.asm["sass"]))
 
 
 def main() -> None:
+    shape = {"KIND": 0, "EVEN": True, "RUNS": 4, "BLOCK_N": 128}
     for bits in (2, 3, 4, 8):
-        vector = {"BITS": bits, "TABLE": False, "RUNS": 4, "BLOCK_N": 128}
-        made = compiled(triton_group._vector_kernel, POINTERS, vector, 4)
+        grid = {"BITS": bits, "GROUP": 4, **shape}
+        made = compiled(triton_vector.grid_kernel, POINTERS, grid, 4)
         codes = 4 * 32 * 128 / (4 * 32)  # of a step, for one thread
-        masks = count(made, "LOP3.LUT") / codes
+        masks = count(made, "LOP3") / codes
         print(f"{bits} bits: {masks:.2f} masks a code, {count(made, 'FFMA') / codes:.2f} multiply-adds")
-        assert masks < 1.4 and ".local" not in made.asm["ptx"], "the mask and the exponent no longer join in one LOP3"
+        assert masks < 1.2 and ".local" not in made.asm["ptx"], "the mask and the exponent no longer join in one LOP3"
+    for bits in (2, 3, 4):
+        table = {"BITS": bits, "PICK": True, **shape}
+        assert "prmt" in compiled(triton_vector.table_kernel, POINTERS, table, 4).asm["ptx"]
+        for levels in (False, True):
+            step = {"BITS": bits, "TABLE": levels, "BFLOAT": bits == 3, "GROUP": 1, "UNROLL": 2, "EMULATED": False}
+            made = compiled(
+                triton_fragments.fragment_kernel, POINTERS, {**step, "WARPS": 8, "AHEAD": True}, 8
+            )
+            assert count(made, "HMMA") == 8, "a step of 128 inputs is eight products of matrices"
+            loop = made.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
+            assert "convert_layout" not in loop, "an operand is not in the lane that decodes it"
+            compiled(triton_fragments.decode_kernel, {**POINTERS, "out": "*fp16"}, {**step, "WARPS": 8}, 8)
     for table in (False, True):
         matrix = {"BITS": 3, "TABLE": table, "BLOCK_M": 64, "BLOCK_N": 128, "RUNS": 2}
         made = compiled(triton_group._matrix_kernel, POINTERS, matrix, 4)
         assert "wgmma.mma_async" in made.asm["ptx"]
-    vector = {"BITS": 3, "TABLE": True, "RUNS": 4, "BLOCK_N": 128}
-    compiled(triton_group._vector_kernel, POINTERS, vector, 4)
     finish = {"BIAS": True, "COLUMNS": True, "SPARSE": True, "BLOCK_N": 64, "ENTRIES": 16}
     compiled(triton_finish._finish_kernel, {**POINTERS, "out": "*fp16"}, finish, 4)
     rows = {"STATIC": False, "SYMMETRIC": True, "NORM": 2, "BIAS": True, "BLOCK": 4096}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
+from fewbits.kernels import fragments
 
 VARIABLE = "FEWBITS_KERNEL"
 #: Rows of a prompt, which kernels for fewer rows meet too. Only those within this factor of the fastest are asked it.
@@ -27,7 +28,7 @@ PROMPT, CLOSE = 128, 3.0
 Run = Callable[[int], Any]
 #: By what the weight is: packed codes; int8 beside 8-bit activations; 8-bit floats beside such activations, or alone.
 KERNELS = {
-    "codes": ("torch_int4", "native", "triton", "reference"),
+    "codes": ("torch_int4", "native", "triton_mma", "triton", "reference"),
     "int8": ("torch_int_mm", "native", "triton", "reference"),
     "float8": ("torch_scaled_mm", "reference"),
     "float8_weight": ("reference",),
@@ -39,7 +40,8 @@ class Case:
     """A product to be done: [rows, inputs] times a weight [outputs, inputs].
 
     kind: of `KERNELS`. bits: of a stored code. group: columns that share a scale. table: the codes index levels.
-    extras: something is kept beside the codes, or the columns are reordered.
+    extras: something is kept beside the codes, or the columns are reordered. small: zero points are whole numbers of a
+    code's size, and levels 16-bit numbers.
     """
 
     kind: str
@@ -52,6 +54,7 @@ class Case:
     device: torch.device
     table: bool = False
     extras: bool = False
+    small: bool = True
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,20 @@ def _triton(case: Case) -> str | None:
     return None if _has_triton() else "the package triton is not installed"
 
 
+def _triton_mma(case: Case) -> str | None:
+    if (why := _triton(case)) is not None:
+        return why
+    if torch.cuda.get_device_capability(case.device) < (8, 0):
+        return "this GPU's matrix units are of another kind"
+    if case.dtype not in (torch.float16, torch.bfloat16):
+        return "it takes 16-bit activations"
+    if case.bits not in fragments.BITS:
+        return "it takes codes of 2, 3 or 4 bits"
+    if case.inputs % fragments.CHUNK or (case.group < case.inputs and case.group % fragments.CHUNK):
+        return f"it takes groups and rows of multiples of {fragments.CHUNK} columns"
+    return None if case.small else "zero points are no whole numbers of a code's size, or levels need 32 bits"
+
+
 @functools.cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
@@ -213,6 +230,7 @@ _UNABLE: dict[str, Callable[[Case], str | None]] = {
     "torch_int_mm": _torch_int_mm,
     "torch_scaled_mm": _torch_scaled_mm,
     "native": _native,
+    "triton_mma": _triton_mma,
     "triton": _triton,
     "reference": lambda case: None,
 }

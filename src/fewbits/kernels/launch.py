@@ -14,16 +14,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fewbits.kernels import triton_finish, triton_group, triton_int8
+from fewbits.kernels import fragments, triton_finish, triton_fragments, triton_group, triton_int8, triton_vector
 
-#: The bits of 1.0f, given at run time: see `triton_words.mantissas`.
+#: The bits of 1.0f, given at run time: see `triton_vector._mantissa`.
 ONE = 0x3F800000
 INTERPRETED = bool(getattr(triton.knobs.runtime, "interpret", False))
-#: Rows up to which the kernel for vectors is used, a row at a time; beyond, tiles pay.
+#: Rows up to which the kernels for vectors are used, a row at a time; beyond, tiles pay.
 VECTOR_ROWS = 4
+#: Rows up to which fragments are decoded for each eight; beyond, the weight is decoded once and multiplied whole.
+FRAGMENT_ROWS = 32
+#: How the vector kernels read activations.
+KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 def packed_matmul(
@@ -42,68 +48,194 @@ def packed_matmul(
     entries: Tensor | None = None,
 ) -> Tensor:
     """`ops.packed_matmul` for `x` [m, in], on a GPU or in Triton's interpreter."""
-    rows, inputs = x.shape
+    rows = x.shape[0]
     outputs = words.shape[1]
-    runs = words.shape[0] // bits
-    out = x.new_empty(rows, outputs)
     if rows == 0:
-        return out
+        return x.new_empty(rows, outputs)
     if x.stride(-1) != 1:
         x = x.contiguous()
-    vector = rows <= VECTOR_ROWS
-    block_rows = 1 if vector else _tile_rows(rows)
-    splits, per_split = _splits(-(-rows // block_rows), outputs, runs, x.device)
-    grouped = -(-group // 32)
-    dummy = words
-    arguments = (
-        x, words, dummy if scale is None else scale, dummy if zero is None else zero,
-        dummy if table is None else table,
-    )  # fmt: skip
-    plain = splits == 1 and bias is None and index is None and starts is None
-    partial = out if plain else torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
-    sizes = (inputs, outputs, runs, grouped, per_split, x.stride(0), rows, ONE)
-    constants = {"BITS": bits, "TABLE": table is not None}
-    shape = (rows if vector else block_rows, inputs, outputs, bits, table is not None, x.dtype, x.device.index)
-    if vector:
-        kernel, configs = triton_group._vector_kernel, triton_group.VECTOR_CONFIGS
+    beside = (bias, index, columns, starts, places, entries)
+    if rows <= VECTOR_ROWS and x.dtype in KINDS:
+        return _vectors(x, words, scale, zero, table, bits, group, beside)
+    return _matrix(x, words, scale, zero, table, bits, group, beside)
 
-        def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
-            return triton.cdiv(outputs, meta["BLOCK_N"]), rows, splits
+
+def _vectors(
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    beside: tuple[Tensor | None, ...],
+) -> Tensor:
+    """A row at a time."""
+    (rows, inputs), outputs = x.shape, words.shape[1]
+    runs = words.shape[0] // bits
+    given = x
+    if inputs % 32 or x.stride(0) % 4 or x.data_ptr() % 8:
+        given = F.pad(x, (0, runs * 32 - inputs)).contiguous()
+    constants: dict[str, Any] = {"BITS": bits, "KIND": KINDS[x.dtype]}
+    kernel: Any
+    weight: tuple[Any, ...]
+    if table is not None:
+        kernel, weight = triton_vector.table_kernel, (table,)
+        constants["PICK"] = table.dtype == torch.float16 and not INTERPRETED
     else:
-        kernel = triton_group._matrix_kernel
-        configs = [config for config in triton_group.MATRIX_CONFIGS if config.kwargs["BLOCK_M"] == block_rows]
+        kernel, weight = triton_vector.grid_kernel, (scale, zero)
+        constants["GROUP"] = 0 if group >= inputs else group // 32
 
-        def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
-            return triton.cdiv(rows, meta["BLOCK_M"]), triton.cdiv(outputs, meta["BLOCK_N"]), splits
+    def run(config: Any) -> Tensor:
+        meta = dict(config.kwargs)
+        per_split = -(-runs // meta.pop("SPLITS"))
+        splits = -(-runs // per_split)
+        plain = splits == 1 and all(held is None for held in beside)
+        partial = x.new_empty(rows, outputs) if plain else _workspace(splits, rows, outputs, x.device)
+        even = outputs % meta["BLOCK_N"] == 0
+        kernel[(triton.cdiv(outputs, meta["BLOCK_N"]), rows, splits)](
+            given, words, *weight, partial, outputs, runs, per_split, given.stride(0), rows,
+            *(() if table is not None else (ONE,)), **constants, **meta, EVEN=even, num_warps=config.num_warps,
+        )  # fmt: skip
+        return partial if plain else _finished(partial, x, beside)
 
-    _launch(kernel, configs, shape, grid, (*arguments, partial, *sizes), constants)
-    if plain:
+    key = (kernel.__name__, rows, inputs, outputs, x.dtype, x.device.index, *constants.items())
+    configs = triton_vector.configs(outputs, runs, _processors(x.device))
+    return _tuned(key, configs, run)
+
+
+def _matrix(
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    beside: tuple[Tensor | None, ...],
+) -> Tensor:
+    """Tiles of rows."""
+    (rows, inputs), outputs = x.shape, words.shape[1]
+    runs = words.shape[0] // bits
+    block_rows = min(128, max(16, triton.next_power_of_2(rows)))
+    splits, per_split = _splits(-(-rows // block_rows), outputs, runs, x.device)
+    dummy = words
+    weight = (words, *(dummy if held is None else held for held in (scale, zero, table)))
+    plain = splits == 1 and all(held is None for held in beside)
+
+    def run(config: Any) -> Tensor:
+        partial = x.new_empty(rows, outputs) if plain else _workspace(splits, rows, outputs, x.device)
+        grid = triton.cdiv(rows, block_rows), triton.cdiv(outputs, config.kwargs["BLOCK_N"]), splits
+        triton_group._matrix_kernel[grid](
+            x, *weight, partial, inputs, outputs, runs, -(-group // 32), per_split, x.stride(0), rows,
+            BITS=bits, TABLE=table is not None, **config.kwargs, num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )  # fmt: skip
+        return partial if plain else _finished(partial, x, beside)
+
+    key = ("matrix", block_rows, inputs, outputs, bits, table is not None, x.dtype, x.device.index)
+    return _tuned(key, [c for c in triton_group.MATRIX_CONFIGS if c.kwargs["BLOCK_M"] == block_rows], run)
+
+
+def fragment_matmul(
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    outputs: int,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    columns: Tensor | None = None,
+    starts: Tensor | None = None,
+    places: Tensor | None = None,
+    entries: Tensor | None = None,
+) -> Tensor:
+    """`ops.fragment_matmul` for `x` [m, in], on a GPU or in Triton's interpreter."""
+    rows, inputs = x.shape
+    if rows == 0:
+        return x.new_empty(rows, outputs)
+    beside = (bias, index, columns, starts, places, entries)
+    whole = group >= inputs
+    unroll = 2 if inputs % 128 == 0 and (whole or group % 128 == 0) else 1
+    bfloat = x.dtype == torch.bfloat16
+    magic = triton_fragments.MAGIC[bfloat]
+    dummy = words
+    held = tuple(dummy if given is None else given for given in (scale, zero, table))
+    constants = {
+        "BITS": bits, "TABLE": table is not None, "BFLOAT": bfloat, "UNROLL": unroll,
+        "GROUP": 0 if whole else group // (unroll * fragments.CHUNK), "EMULATED": INTERPRETED,
+    }  # fmt: skip
+    chunks = inputs // (unroll * fragments.CHUNK)
+    key = (inputs, outputs, x.dtype, x.device.index, *constants.items())
+    if rows > FRAGMENT_ROWS:
+        dense = x.new_empty(outputs, inputs)
+
+        def decode(config: Any) -> Tensor:
+            warps = config.num_warps
+            triton_fragments.decode_kernel[(len(words), triton.cdiv(chunks, warps))](
+                words, *held, dense, outputs, chunks, magic, WARPS=warps, **constants, num_warps=warps
+            )
+            return dense
+
+        return _beside(x, _tuned(("decode", *key), triton_fragments.DECODE_CONFIGS, decode), beside)
+    if x.stride(-1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
+        x = x.contiguous()
+    downs = triton.cdiv(rows, 8)
+
+    def run(config: Any) -> Tensor:
+        meta = dict(config.kwargs)
+        per_split = -(-chunks // meta.pop("SPLITS"))
+        splits = -(-chunks // per_split)
+        plain = splits == 1 and all(given is None for given in beside)
+        partial = x.new_empty(rows, outputs) if plain else _workspace(splits, rows, outputs, x.device)
+        triton_fragments.fragment_kernel[(len(words), downs, splits)](
+            x, words, *held, partial, rows, outputs, chunks, per_split, x.stride(0), magic, **constants, **meta,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+        return partial if plain else _finished(partial, x, beside)
+
+    configs = triton_fragments.configs(len(words) * downs, chunks, _processors(x.device))
+    return _tuned(("fragments", downs, *key, *(given is None for given in beside)), configs, run)
+
+
+def _beside(x: Tensor, dense: Tensor, beside: tuple[Tensor | None, ...]) -> Tensor:
+    """x times the weight `dense` [out, in] and the parts beside it, which are laid over it in place."""
+    bias, index, columns, starts, places, entries = beside
+    if index is not None and columns is not None:
+        dense.index_add_(1, index, columns.T.to(dense.dtype))
+    if starts is not None and places is not None and entries is not None:
+        row = torch.repeat_interleave(
+            torch.arange(len(starts) - 1, device=x.device), starts.long().diff(), output_size=len(places)
+        )
+        dense.index_put_((row, places.long()), entries.to(dense.dtype), accumulate=True)
+    return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+
+
+def _workspace(splits: int, rows: int, outputs: int, device: torch.device) -> Tensor:
+    return torch.empty(splits, rows, outputs, dtype=torch.float32, device=device)
+
+
+def _finished(partial: Tensor, x: Tensor, beside: tuple[Tensor | None, ...]) -> Tensor:
+    """What the splits `partial` [splits, rows, out] and the parts beside the codes add up to, in the type of `x`."""
+    splits, rows, outputs = partial.shape
+    bias, index, _, starts, _, _ = beside
+    out = x.new_empty(rows, outputs)
+    kept = 0 if index is None else len(index)
+
+    def run(config: Any) -> Tensor:
+        triton_finish._finish_kernel[(triton.cdiv(outputs, config.kwargs["BLOCK_N"]), rows)](
+            partial, x, *(partial if given is None else given for given in beside), out, splits, rows, outputs,
+            x.stride(0), kept,
+            BIAS=bias is not None, COLUMNS=kept > 0, SPARSE=starts is not None, ENTRIES=16, **config.kwargs,
+            num_warps=config.num_warps,
+        )  # fmt: skip
         return out
 
-    def over_columns(meta: dict[str, Any]) -> tuple[int, int]:
-        return triton.cdiv(outputs, meta["BLOCK_N"]), rows
-
-    extras = (bias, index, columns, starts, places, entries)
-    kept = 0 if index is None else len(index)
-    _launch(
-        triton_finish._finish_kernel,
-        triton_finish.CONFIGS,
-        (min(rows, 64), inputs, outputs, splits, kept, starts is not None, x.dtype, x.device.index),
-        over_columns,
-        (
-            partial,
-            x,
-            *(dummy if given is None else given for given in extras),
-            out,
-            splits,
-            rows,
-            outputs,
-            x.stride(0),
-            kept,
-        ),
-        {"BIAS": bias is not None, "COLUMNS": kept > 0, "SPARSE": starts is not None, "ENTRIES": 16},
-    )
-    return out
+    key = ("finish", min(rows, 64), x.shape[1], outputs, splits, kept, starts is not None, x.dtype, x.device.index)
+    return _tuned(key, triton_finish.CONFIGS, run)
 
 
 def quantize_rows(
@@ -161,22 +293,39 @@ def int8_matmul(
     if m == 0:
         return out
     small = triton.next_power_of_2(m)
-    configs = [c for c in triton_int8.MATRIX_CONFIGS if c.kwargs["BLOCK_M"] <= max(16, 2 * small)]
+    beside = (scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, a if bias is None else bias, out, m, n, k)
+    constants = {"BIAS": bias is not None, "ZERO_B": not symmetric_b}
+    copied = m >= 128 and k % 16 == 0 and _copies(a.device)
+    if copied:
+        configs = triton_int8.COPIED_CONFIGS
+    else:
+        configs = [c for c in triton_int8.MATRIX_CONFIGS if c.kwargs["BLOCK_M"] <= max(16, 2 * small)]
 
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        return (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
+    def run(config: Any) -> Tensor:
+        meta = config.kwargs
+        grid = (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
+        settings = {**constants, **meta, "num_warps": config.num_warps, "num_stages": config.num_stages}
+        if copied:
+            tiles = (_tiles(a, meta["BLOCK_M"], meta["BLOCK_K"]), _tiles(b, meta["BLOCK_N"], meta["BLOCK_K"]))
+            triton_int8._copied_kernel[grid](*tiles, *beside, **settings)
+        else:
+            triton_int8._matrix_kernel[grid](a, b, *beside, EVEN=k % 256 == 0, **settings)
+        return out
 
-    arguments = (a, b, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, a if bias is None else bias, out, m, n, k)
-    constants = {"BIAS": bias is not None, "ZERO_B": not symmetric_b, "EVEN": k % 256 == 0}
-    _launch(triton_int8._matrix_kernel, configs, (small, n, k, dtype, a.device.index), grid, arguments, constants)
-    return out
+    return _tuned(("int8", small, n, k, dtype, a.device.index, copied, *constants.items()), configs, run)
+
+
+def _tiles(matrix: Tensor, rows: int, columns: int) -> Any:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+@functools.cache
+def _copies(device: torch.device) -> bool:
+    """Whether the GPU has an engine that copies tiles."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 # -- splits and tuning ---------------------------------------------------------------------------------------------
-
-
-def _tile_rows(rows: int) -> int:
-    return min(128, max(16, triton.next_power_of_2(rows)))
 
 
 @functools.cache
@@ -193,48 +342,28 @@ def _splits(blocks_down: int, outputs: int, runs: int, device: torch.device) -> 
     return -(-runs // per_split), per_split
 
 
-_tuned: dict[tuple[Any, ...], Any] = {}
+_chosen: dict[tuple[Any, ...], Any] = {}
 
 
-def _launch(
-    kernel: Any,
-    configs: Sequence[Any],
-    shape: tuple[Any, ...],
-    grid: Callable[[dict[str, Any]], tuple[int, ...]],
-    arguments: tuple[Any, ...],
-    constants: dict[str, Any],
-) -> None:
-    """Run the kernel with the configuration that is fastest for a shape; the first call of a shape measures."""
-    key = (kernel.__name__ if hasattr(kernel, "__name__") else str(kernel), *shape, *sorted(constants.items()))
-    config = _tuned.get(key)
+def _tuned(key: tuple[Any, ...], configs: Sequence[Any], run: Callable[[Any], Tensor]) -> Tensor:
+    """`run` with the configuration that is fastest for what `key` stands for; its first call measures."""
+    config = _chosen.get(key)
     if config is None:
-        config = _tuned[key] = _fastest(kernel, configs, grid, arguments, constants)
-    _run(kernel, config, grid, arguments, constants)
+        config = _chosen[key] = _fastest(configs, run)
+    return run(config)
 
 
-def _run(kernel: Any, config: Any, grid: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    meta = {**constants, **config.kwargs}
-    kernel[grid(meta)](*arguments, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
-
-
-def _fastest(
-    kernel: Any, configs: Sequence[Any], grid: Any, arguments: tuple[Any, ...], constants: dict[str, Any]
-) -> Any:
+def _fastest(configs: Sequence[Any], run: Callable[[Any], Tensor]) -> Any:
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     if INTERPRETED or capturing or len(configs) == 1 or os.environ.get("FEWBITS_TUNE", "1") == "0":
         return configs[0]
     found: list[tuple[float, int]] = []
     for place, config in enumerate(configs):
         try:
-            timed = triton.testing.do_bench(
-                functools.partial(_run, kernel, config, grid, arguments, constants),
-                warmup=3,
-                rep=12,
-                return_mode="median",
-            )
+            timed = triton.testing.do_bench(functools.partial(run, config), warmup=3, rep=12, return_mode="median")
         except triton.runtime.errors.OutOfResources:
             continue  # more shared memory or registers than this GPU has
         found.append((float(timed), place))
     if not found:
-        raise RuntimeError(f"no configuration of {kernel} fits this GPU")
+        raise RuntimeError("no configuration of this kernel fits this GPU")
     return configs[min(found)[1]]

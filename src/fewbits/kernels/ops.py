@@ -86,6 +86,41 @@ def _(x: Tensor, words: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], words.shape[1])
 
 
+def run_fragment_matmul(
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    outputs: int,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    columns: Tensor | None = None,
+    starts: Tensor | None = None,
+    places: Tensor | None = None,
+    entries: Tensor | None = None,
+) -> Tensor:
+    """`packed_matmul` on a GPU's matrix units, for float16 and bfloat16 `x`.
+
+    words: int32 [ceil(out / 16), in / 64, bits, 32] of `kernels.fragments`, in nibbles where there is a table. group: a
+    multiple of 64 columns, or at least `in`. zero: whole numbers up to 15. Weights are rounded to 16 bits when there
+    are more than some tens of rows.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    given = (words, scale, zero, table, bits, group, outputs, bias, index, columns, starts, places, entries)
+    return _launchers().fragment_matmul(flat, *given).reshape(*x.shape[:-1], outputs).contiguous()
+
+
+fragment_matmul = torch.library.custom_op("fewbits::fragment_matmul", mutates_args=())(run_fragment_matmul)
+
+
+@fragment_matmul.register_fake
+def _(x: Tensor, words: Tensor, *rest: Any, outputs: int | None = None, **__: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rest[5] if outputs is None else outputs)
+
+
 def run_native_matmul(
     x: Tensor,
     words: Tensor,

@@ -24,6 +24,19 @@ MATRIX_CONFIGS = [
     )
 ]
 
+COPIED_CONFIGS = [
+    triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, num_warps=warps, num_stages=stages)
+    for m, n, k, warps, stages in (
+        (128, 256, 128, 8, 3),
+        (128, 256, 128, 8, 4),
+        (256, 128, 128, 8, 3),
+        (256, 128, 128, 8, 4),
+        (128, 256, 64, 8, 4),
+        (128, 128, 128, 4, 4),
+        (128, 128, 128, 8, 4),
+    )
+]
+
 
 @triton.jit
 def round_half_even(x):
@@ -86,34 +99,24 @@ def _quantize_rows_kernel(
 
 
 @triton.jit
-def _matrix_kernel(
-    a, b, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, bias, out, m, n, k,
-    BIAS: tl.constexpr, ZERO_B: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """out[m, n] = scales_a[m] * scales_b[n] * sum_k (a[m, k] - zeros_a[m]) * (b[n, k] - zeros_b[n]) + bias[n]."""
+def _tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(first row, first column) of a program: those that share columns of b run together, to keep them cached."""
     program = tl.program_id(0)
     across, down = tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M)
-    # programs that share columns of b run together, so that those stay in cache
     first = program // (GROUP * across) * GROUP
     height = tl.minimum(down - first, GROUP)
-    row = (first + program % (GROUP * across) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = program % (GROUP * across) // height * BLOCK_N + tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
-    # rows past the end read others again, which spares a mask; what they make is not stored
-    at_a = a + (row % m)[:, None].to(tl.int64) * k + inner[None, :]
-    at_b = b + (column % n)[None, :].to(tl.int64) * k + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for at in range(0, k, BLOCK_K):
-        if EVEN:
-            tile_a, tile_b = tl.load(at_a), tl.load(at_b)
-        else:
-            left = inner < k - at
-            tile_a = tl.load(at_a, mask=left[None, :], other=0)
-            tile_b = tl.load(at_b, mask=left[:, None], other=0)
-        acc = tl.dot(tile_a, tile_b, acc, out_dtype=tl.int32)
-        at_a += BLOCK_K
-        at_b += BLOCK_K
+    return (
+        (first + program % (GROUP * across) % height) * BLOCK_M,
+        program % (GROUP * across) // height * BLOCK_N,
+    )
+
+
+@triton.jit
+def _store(
+    acc, row, column, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, bias, out, m, n, k,
+    BIAS: tl.constexpr, ZERO_B: tl.constexpr,
+):  # fmt: skip
+    """Take the zero points off a tile of sums, scale it, add the bias, store it."""
     there_m, there_n = row < m, column < n
     # the zero points in integers: exact where the codes are
     zero_a = tl.load(zeros_a + row, mask=there_m, other=0.0).to(tl.int32)
@@ -130,3 +133,49 @@ def _matrix_kernel(
         value += tl.load(bias + column, mask=there_n, other=0.0).to(tl.float32)[None, :]
     place = row[:, None].to(tl.int64) * n + column[None, :]
     tl.store(out + place, value.to(out.dtype.element_ty), mask=there_m[:, None] & there_n[None, :])
+
+
+@triton.jit
+def _matrix_kernel(
+    a, b, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, bias, out, m, n, k,
+    BIAS: tl.constexpr, ZERO_B: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = scales_a[m] * scales_b[n] * sum_k (a[m, k] - zeros_a[m]) * (b[n, k] - zeros_b[n]) + bias[n]."""
+    row, column = _tile(m, n, BLOCK_M, BLOCK_N, GROUP)
+    row, column = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    # rows past the end read others again, which spares a mask; what they make is not stored
+    at_a = a + (row % m)[:, None].to(tl.int64) * k + inner[None, :]
+    at_b = b + (column % n)[None, :].to(tl.int64) * k + inner[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for at in range(0, k, BLOCK_K):
+        if EVEN:
+            tile_a, tile_b = tl.load(at_a), tl.load(at_b)
+        else:
+            left = inner < k - at
+            tile_a = tl.load(at_a, mask=left[None, :], other=0)
+            tile_b = tl.load(at_b, mask=left[:, None], other=0)
+        acc = tl.dot(tile_a, tile_b, acc, out_dtype=tl.int32)
+        at_a += BLOCK_K
+        at_b += BLOCK_K
+    _store(
+        acc, row, column, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, bias, out, m, n, k, BIAS, ZERO_B
+    )  # fmt: skip
+
+
+@triton.jit
+def _copied_kernel(
+    a, b, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, bias, out, m, n, k,
+    BIAS: tl.constexpr, ZERO_B: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """`_matrix_kernel` with `a` and `b` as tensor descriptors, whose tiles the copy engine of a GPU fetches."""
+    row, column = _tile(m, n, BLOCK_M, BLOCK_N, GROUP)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for at in range(0, k, BLOCK_K):
+        acc = tl.dot(a.load([row, at]), b.load([column, at]).T, acc, out_dtype=tl.int32)
+    row, column = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    _store(
+        acc, row, column, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, bias, out, m, n, k, BIAS, ZERO_B
+    )  # fmt: skip

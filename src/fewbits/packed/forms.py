@@ -11,7 +11,15 @@ from torch import nn
 from fewbits.export.layers import Layer
 from fewbits.formats import Float8
 from fewbits.packed.float8 import Float8Linear, float8_activations, float8_codes
-from fewbits.packed.modules import CodesLinear, Int8Linear, NativeLinear, Packed, TorchInt4Linear, integer_activations
+from fewbits.packed.modules import (
+    CodesLinear,
+    FragmentLinear,
+    Int8Linear,
+    NativeLinear,
+    Packed,
+    TorchInt4Linear,
+    integer_activations,
+)
 from fewbits.packed.weight import KernelWeight, kernel_weight
 from fewbits.quantizer import Quantizer
 
@@ -23,8 +31,8 @@ NARROW_BITS = 4
 class Form:
     """A weight as it will be packed.
 
-    kind: of `kernels.choose.KERNELS`. bits, group, table, extras: as in `kernels.choose.Case`. takes_input: the product
-    quantizes its input itself. note: what happens to the activations. make: the module for a kernel's name.
+    kind: of `kernels.choose.KERNELS`. bits, group, table, extras, small: as in `kernels.choose.Case`. takes_input: the
+    product quantizes its input itself. note: what happens to the activations. make: the module for a kernel's name.
     """
 
     kind: str
@@ -32,6 +40,7 @@ class Form:
     group: int
     table: bool
     extras: bool
+    small: bool
     takes_input: bool
     note: str
     make: Callable[[str], Packed]
@@ -61,7 +70,7 @@ def _float8(layer: Layer, old: nn.Module, entering: Quantizer | None) -> Form:
         return Float8Linear(held, scale, bias, name, inside)
 
     kind = "float8" if inside is not None else "float8_weight"
-    return Form(kind, 8, held.shape[1], False, False, inside is not None, note, make)
+    return Form(kind, 8, held.shape[1], False, False, False, inside is not None, note, make)
 
 
 def _codes(layer: Layer, old: nn.Module, entering: Quantizer | None) -> Form:
@@ -79,12 +88,15 @@ def _codes(layer: Layer, old: nn.Module, entering: Quantizer | None) -> Form:
             return Int8Linear(weight, bias, name, inside)
         if name == "torch_int4":
             return TorchInt4Linear(weight, bias, parameter.dtype, parameter.device)
+        if name == "triton_mma":
+            return FragmentLinear(weight, bias)
         return NativeLinear(weight, bias) if name == "native" else CodesLinear(weight, bias, name)
 
     kind = "codes" if inside is None else "int8"
     return Form(
-        kind, weight.bits, weight.group, weight.table is not None, weight.extras, inside is not None, note, make
-    )
+        kind, weight.bits, weight.group, weight.table is not None, weight.extras, weight.small, inside is not None,
+        note, make,
+    )  # fmt: skip
 
 
 def _not_integer(weight: KernelWeight) -> str | None:

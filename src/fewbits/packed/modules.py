@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fewbits.formats import Uniform
 from fewbits.kernels import native, ops, reference
 from fewbits.kernels.choose import padded_int_mm
+from fewbits.kernels.fragments import pack_fragments, unpack_fragments
 from fewbits.kernels.words import pack_words
 from fewbits.quantizer import Quantizer
 
@@ -112,6 +113,48 @@ class CodesLinear(Packed):
     def extra_repr(self) -> str:
         grid = "table" if self.table is not None else f"group={self.group}"
         return f"{super().extra_repr()}, bits={self.bits}, {grid}"
+
+
+class FragmentLinear(Packed):
+    """Codes in the order of a GPU's matrix units, multiplied by `kernels.ops.fragment_matmul`."""
+
+    words: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
+    table: Tensor | None
+    order: Tensor | None
+    index: Tensor | None
+    columns: Tensor | None
+    starts: Tensor | None
+    places: Tensor | None
+    entries: Tensor | None
+
+    def __init__(self, weight: KernelWeight, bias: Tensor | None) -> None:
+        super().__init__(weight.codes.shape, bias, "triton_mma")
+        self.bits, self.group = weight.bits, weight.group
+        words = pack_fragments(weight.codes, weight.bits, nibbles=weight.table is not None)
+        self.register_buffer("words", words)
+        for name in ("scale", "zero", "table", "order", "index", "columns", "starts", "places", "entries"):
+            self.register_buffer(name, getattr(weight, name))
+
+    def product(self, x: Tensor) -> Tensor:
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        run = ops.run_fragment_matmul if ops.eager(x) else ops.fragment_matmul
+        return run(
+            x, self.words, self.scale, self.zero, self.table, self.bits, self.group, self.out_features, self.bias,
+            self.index, self.columns, self.starts, self.places, self.entries,
+        )  # fmt: skip
+
+    def decoded(self) -> Tensor:
+        codes = unpack_fragments(self.words, self.bits, self.out_features, nibbles=self.table is not None)
+        dense = torch.eye(self.in_features, device=self.words.device)
+        if self.order is not None:
+            dense = dense.index_select(-1, self.order)
+        return reference.packed_matmul(
+            dense, pack_words(codes, self.bits), self.scale, self.zero, self.table, self.bits, self.group, None,
+            self.index, self.columns, self.starts, self.places, self.entries,
+        ).T  # fmt: skip
 
 
 class NativeLinear(Packed):

@@ -64,8 +64,8 @@ def pack(model: nn.Module, *, kernel: str = "auto", rows: int = 1) -> PackResult
     Args:
         model: with quantizers attached: after `fewbits.quantize`, or `fewbits.load(DIR).model`. It is packed for the
             device it is on.
-        kernel: "auto" measures which is fastest; or the name of the one to take wherever it is for
-            such weights: "triton", "native", "torch_int4", "torch_int_mm", "torch_scaled_mm", "reference".
+        kernel: "auto" measures which is fastest; or the name of the one to take wherever it is for such weights:
+            "triton_mma", "triton", "native", "torch_int4", "torch_int_mm", "torch_scaled_mm", "reference".
         rows: tokens (or samples) in a batch that kernels are chosen for; 1 is decoding. Below 128 they are chosen for
             a prompt of 128 before as many such batches.
 
@@ -129,7 +129,9 @@ def _plan(
         return form.make(name).to(device)
 
     outputs, inputs = layer.codes.shape
-    case = Case(form.kind, form.bits, form.group, outputs, inputs, rows, dtype, device, form.table, form.extras)
+    case = Case(
+        form.kind, form.bits, form.group, outputs, inputs, rows, dtype, device, form.table, form.extras, form.small
+    )
     choice = choose(case, _runner(make, inputs, dtype, device), kernel)
     module = make(choice.kernel)
     if factor is not None:

@@ -50,6 +50,14 @@ class KernelWeight:
         return any(held is not None for held in (self.order, self.index, self.starts))
 
     @property
+    def small(self) -> bool:
+        """Whether zero points are whole numbers of a code's size, and levels 16-bit numbers."""
+        if self.table is not None:
+            return self.table.dtype == torch.float16
+        zero = self.zero
+        return zero is not None and self.integer_zero and bool(((zero >= 0) & (zero < 1 << self.bits)).all())
+
+    @property
     def integer_zero(self) -> bool:
         return self.zero is not None and bool((self.zero == self.zero.round()).all())
 

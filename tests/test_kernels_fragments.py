@@ -1,0 +1,158 @@
+"""Products on matrix units: the order of the codes, and every operand in the lane that needs it, against float64.
+
+Without a GPU the instruction is emulated in tensors, so that order and index arithmetic are tested all the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fewbits.errors import FewbitsError
+from fewbits.kernels import ops
+from fewbits.kernels.choose import Case, unable
+from fewbits.kernels.fragments import pack_fragments, unpack_fragments
+from fewbits.outliers.parts import Sparse
+from fewbits.packed.modules import FragmentLinear
+from fewbits.packed.weight import KernelWeight
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = 4 * torch.finfo(torch.float16).eps
+
+
+@given(
+    bits=st.sampled_from([2, 3, 4]), nibbles=st.booleans(), outputs=st.integers(1, 40), chunks=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+@settings(max_examples=30)
+def test_codes_come_back_from_their_fragments(bits: int, nibbles: bool, outputs: int, chunks: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (outputs, 64 * chunks), dtype=torch.uint8)
+    words = pack_fragments(codes, bits, nibbles=nibbles)
+    assert words.dtype == torch.int32 and words.shape == (-(-outputs // 16), chunks, bits, 32)  # no bit is wasted
+    assert torch.equal(unpack_fragments(words, bits, outputs, nibbles=nibbles), codes)
+
+
+def test_what_has_no_fragments_is_refused() -> None:
+    for bits, columns in ((5, 64), (4, 96)):
+        with pytest.raises(FewbitsError, match="multiples of 64 inputs"):
+            pack_fragments(torch.zeros(16, columns, dtype=torch.int64), bits, nibbles=False)
+
+
+def kernel_weight(bits: int, outputs: int, inputs: int, group: int, table: bool, extras: bool) -> KernelWeight:
+    codes = torch.randint(0, 1 << bits, (outputs, inputs), dtype=torch.uint8)
+    groups = -(-inputs // group)
+    scale, zero = (torch.rand(groups, outputs) * 0.1 + 0.01).half(), torch.randint(0, 1 << bits, (groups, outputs))
+    made = KernelWeight(codes, bits, min(group, inputs), scale, zero.to(torch.uint8))
+    if table:
+        made = KernelWeight(codes, bits, inputs, table=torch.randn(1 << bits, outputs).half())
+    if extras:
+        kept = torch.rand(outputs, inputs) < 0.02
+        kept[0] = False  # a row without entries
+        sparse = Sparse.from_dense(torch.randn(outputs, inputs), kept)
+        made = replace(
+            made, order=torch.randperm(inputs), index=torch.randperm(inputs)[:3],
+            columns=torch.randn(3, outputs).half(), starts=sparse.rows, places=sparse.columns,
+            entries=sparse.values.half(),
+        )  # fmt: skip
+    return made
+
+
+def dense(weight: KernelWeight) -> Tensor:
+    """float64 [out, in], written down entry by entry from what the fields mean."""
+    codes = weight.codes.long()
+    if weight.table is not None:
+        made = weight.table.double()[codes, torch.arange(len(codes))[:, None]]
+    else:
+        assert weight.scale is not None and weight.zero is not None
+        group = torch.arange(codes.shape[1]) // weight.group
+        made = (codes - weight.zero.T.long()[:, group]) * weight.scale.T.double()[:, group]
+    if weight.index is not None and weight.columns is not None:
+        made[:, weight.index] += weight.columns.T.double()
+    if weight.starts is not None and weight.places is not None and weight.entries is not None:
+        for row in range(len(codes)):
+            for at in range(int(weight.starts[row]), int(weight.starts[row + 1])):
+                made[row, weight.places[at]] += weight.entries[at].double()
+    if weight.order is not None:
+        made = made[:, torch.argsort(weight.order)]
+    return made
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("rows", "outputs", "inputs", "group", "table", "extras"), [
+    (1, 40, 128, 64, False, False),
+    (3, 33, 256, 128, False, True),
+    (9, 16, 384, 128, False, False),
+    (2, 5, 192, 192, False, False),
+    (1, 40, 256, 256, True, False),
+    (5, 33, 128, 128, True, True),
+    (40, 24, 192, 64, False, True),
+    (37, 40, 128, 128, True, False),
+])  # fmt: skip
+def test_product_is_the_float64_product(
+    bits: int, rows: int, outputs: int, inputs: int, group: int, table: bool, extras: bool
+) -> None:
+    weight = kernel_weight(bits, outputs, inputs, group, table, extras)
+    bias = torch.randn(outputs)
+    layer = FragmentLinear(weight, bias).to(DEVICE)
+    x = torch.randn(rows, inputs).half()
+    expected = x.double() @ dense(weight).T + bias.double()
+    found = layer(x.to(DEVICE))
+    assert found.dtype == torch.float16
+    assert (found.cpu().double() - expected).norm() <= HALF * expected.norm()
+    assert torch.equal(layer(x.to(DEVICE)), found)
+    decoded = layer.decoded().cpu().double()
+    assert (decoded - dense(weight)).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no bfloat16 to multiply")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_product_of_bfloat16(bits: int, table: bool, rows: int) -> None:
+    weight = kernel_weight(bits, 48, 256, 128, table, False)
+    x = torch.randn(rows, 256).bfloat16()
+    expected = x.double() @ dense(weight).T
+    found = FragmentLinear(weight, None).to(DEVICE)(x.to(DEVICE)).cpu().double()
+    assert (found - expected).norm() <= 4 * torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
+def test_op_has_a_right_fake() -> None:
+    layer = FragmentLinear(kernel_weight(4, 20, 128, 64, False, True), None).to(DEVICE)
+    x = torch.randn(2, 3, 128, device=DEVICE).half()
+    given = (
+        layer.words, layer.scale, layer.zero, layer.table, 4, 64, 20, None, layer.index, layer.columns, layer.starts,
+        layer.places, layer.entries,
+    )  # fmt: skip
+    torch.library.opcheck(ops.fragment_matmul, (x, *given), test_utils=("test_schema", "test_faketensor"))
+    assert ops.fragment_matmul(x[:0], *given).shape == (0, 3, 20)
+
+
+def test_refusals_give_the_reason() -> None:
+    case = Case("codes", 4, 64, 32, 128, 1, torch.float16, torch.device("cuda"))
+    if DEVICE == "cpu":
+        assert "needs a GPU" in str(unable("triton_mma", replace(case, device=torch.device("cpu"))))
+        return
+    assert unable("triton_mma", case) is None
+    changes: list[dict[str, Any]] = [
+        {"bits": 5}, {"inputs": 96}, {"group": 32}, {"dtype": torch.float32}, {"small": False}
+    ]  # fmt: skip
+    assert all(unable("triton_mma", replace(case, **changed)) for changed in changes)
+
+
+def test_small_weights_are_told_apart() -> None:
+    weight = kernel_weight(3, 8, 64, 64, False, False)
+    assert weight.small
+    assert weight.zero is not None
+    assert not replace(weight, zero=weight.zero + 0.5).small and not replace(weight, zero=weight.zero + 8).small
+    levels = kernel_weight(3, 8, 64, 64, True, False)
+    assert levels.table is not None
+    assert levels.small and not replace(levels, table=levels.table.float()).small
