@@ -5,7 +5,7 @@
 Three questions. W8A8 classifiers of the ZOO against their float32 files; the same in onnxruntime's precise mode, which
 CPUs without VNNI need for right answers. A chain of 4096 x 4096 layers whose 4-bit weights exceed the last cache, one
 row at a time, as decoding does. And a small language model of the ZOO on one token, whose weights lie in the cache.
-Language models are exported without a cache of keys and values, so this is the cost of the weights, not of generation.
+Language models come without a cache of keys and values here: this is the cost of the weights, not of generation.
 Each row holds the median and the least time of each file; ratios are of medians, `best_ratio`s of least times, which a
 machine that others use distorts less.
 """

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 import zoo_tiny
@@ -17,6 +22,7 @@ from fewbits.attach import Attachment
 from fewbits.engine import quantize
 from fewbits.errors import FewbitsError
 from fewbits.export.base import Subject
+from fewbits.export.onnx.codes import Codes
 from fewbits.export.targets import load_target
 from fewbits.export.workflow import export_reference
 from fewbits.formats import PerChannel, PerTensor, affine, symmetric
@@ -27,6 +33,7 @@ from fewbits.papers import build_recipe
 from fewbits.quantizer import Quantizer
 from fewbits.ranges import MinMax
 from fewbits.recipe import QSpec
+from fewbits.report import terminal
 from fewbits.workflow import quantize_reference
 
 onnx = pytest.importorskip("onnx")
@@ -217,6 +224,10 @@ def test_convolutions_of_every_layout_on_narrow_activation_grids(tmp_path: Path,
     facts, found = exported(subject, tmp_path)
     assert facts["opset"] == 20 and facts["sites"] == {"activations": 4, "weights in int8": 4}
     assert ops(tmp_path).count("Clip") == 3  # -127, 4 bits, 5 bits
+    codes = found["onnxruntime"]["quantizers"]
+    assert codes["sites"] == dict.fromkeys((name for name in specs if name.endswith(".input")), 1.0)
+    assert codes["worst"] is None and codes["different"] == codes["apart"] == 0
+    assert codes["values"] == 2 * 5 * (3 * 64 + 6 * 36 + 4 * 144 + 4)  # what each of them reads, in two batches
     # a code may differ where a value lies between two, by the last bit of a float
     assert all(report["relative"] < 5e-3 for report in found.values())
 
@@ -298,7 +309,7 @@ def test_options_are_checked(tmp_path: Path) -> None:
     for options, word in (
         ({"opset": 7}, "opset 7"),
         ({"accuracy_level": 2}, "accuracy_level 2"),
-        ({"cache": True}, "cache"),
+        ({"cache": "maybe"}, "cache 'maybe'"),
         ({"wrong": 1}, "no option 'wrong'"),
     ):
         with pytest.raises(FewbitsError, match=word):
@@ -336,6 +347,85 @@ def test_a_file_that_is_not_the_checkpoint_is_found_out(tmp_path: Path) -> None:
     onnx.save(made, file)
     with pytest.raises(FewbitsError, match="onnxruntime"):
         load_target("onnx").check(subject, tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize(
+    ("planted", "change"),
+    [("scale", 1.002), ("zero", 1), ("low", 0.8), ("high", 0.8)],
+)
+def test_a_wrong_quantizer_is_found_by_its_codes_and_named(
+    tmp_path: Path, planted: str, change: float, rows: int
+) -> None:
+    """One number of one QuantizeLinear (or of its Clip) is changed; the sites before and after it stay right."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 40), nn.Linear(40, 3)).eval()
+    x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(0))
+    inputs = [site.name for site in record(model, x).sites.values() if site.role == "input"]
+    grids = [affine(8), affine(4) if planted in ("low", "high") else symmetric(8, narrow=False), affine(8)]
+    subject = hand_made(
+        model, x, {name: QSpec(grid, PerTensor(), MinMax()) for name, grid in zip(inputs, grids, strict=True)}
+    )
+    load_target("onnx").write(subject, tmp_path)
+    file = tmp_path / "model.onnx"
+    quantizers = {site.name: quantizer for site, quantizer in subject.attachment.items()}
+
+    def compared() -> Codes:
+        codes = Codes(file, quantizers)
+        with subject.attachment.observing(codes.observers()), torch.no_grad():
+            model(x)
+        return codes
+
+    right = compared()
+    right.judge()
+    assert right.report()["equal"] == 1.0
+    made = onnx.load(str(file))
+    item = next(item for item in made.graph.initializer if item.name == f"{inputs[1]}.{planted}")
+    array = onnx.numpy_helper.to_array(item)
+    wrong = array + array.dtype.type(change) if planted == "zero" else array * np.float32(change)
+    item.CopyFrom(onnx.numpy_helper.from_array(np.asarray(wrong), item.name))
+    onnx.save(made, str(file))
+    found = compared()
+    with pytest.raises(FewbitsError, match=f"at {re.escape(inputs[1])}: "):
+        found.judge()
+    report = found.report()
+    assert report["worst"] == inputs[1] and report["sites"][inputs[0]] == report["sites"][inputs[2]] == 1.0
+    if planted in ("low", "high"):  # what a look at scales and zeros alone does not see
+        with pytest.raises(FewbitsError, match=f"other codes .* at {re.escape(inputs[1])}: "):
+            load_target("onnx").check(subject, tmp_path)
+
+
+def test_codes_may_differ_at_ties_and_seldom(tmp_path: Path) -> None:
+    """The file rounds ties to even; a grid that rounds them away from zero makes another code of half of them."""
+    model = nn.Linear(2000, 2)
+    x = torch.arange(2000.0).remainder(100)[None]
+    name = next(site.name for site in record(model, x).sites.values() if site.role == "input")
+    away = dataclasses.replace(affine(8), rounding="half_away")
+    subject = hand_made(model, x, {name: QSpec(away, PerTensor(), MinMax())})
+    quantizer = subject.attachment.quantizer(name)
+    assert quantizer is not None
+    quantizer.set_params({"scale": torch.ones(()), "zero_point": torch.zeros(())})
+    load_target("onnx").write(subject, tmp_path)
+
+    def compared(values: Tensor) -> Codes:
+        codes = Codes(tmp_path / "model.onnx", {name: quantizer})
+        with subject.attachment.observing(codes.observers()), torch.no_grad():
+            model(values)
+        return codes
+
+    x[0, 4] = 4.5
+    once = compared(x)
+    once.judge()
+    report = once.report()
+    assert (report["values"], report["different"], report["apart"], report["worst"]) == (2000, 1, 1, name)
+    assert report["sites"] == {name: report["equal"]} == {name: 1 - 1 / 2000}
+    console = Console(width=200, record=True, file=io.StringIO())
+    run = {"runtime": "onnxruntime", "difference": 0.0, "scale": 1.0, "samples": 1, "quantizers": report}
+    terminal.exported({"checkpoint": "c", "target": "onnx", "bytes": 1, "out": "o", "comparison": [run]}, console)
+    assert f"codes at 1 activation quantizers: 99.950 % at the worst, {name}, equal" in console.export_text()
+    x[0, 100:110] = 4.5
+    with pytest.raises(FewbitsError, match=f"at {re.escape(name)}: 11 of 2000 differ, by 1 at most, 0 of them"):
+        compared(x).judge()
 
 
 # -- trained models --------------------------------------------------------------------------------------------------

@@ -51,6 +51,10 @@ def exported(report: dict[str, Any], console: Console) -> None:
             f"{found['runtime']}: {same}outputs differ by at most {number(found['difference'])} of "
             f"{number(found['scale'])}, on {found['samples']} samples"
         )
+        codes = found.get("quantizers")
+        if codes and codes["sites"]:
+            worst = "all" if codes["worst"] is None else f"{100 * codes['equal']:.3f} % at the worst, {codes['worst']},"
+            lines.append(f"codes at {len(codes['sites'])} activation quantizers: {worst} equal for the same inputs")
     if report["comparison"] is None:
         lines.append("not reloaded (--no-check)")
     for line in lines:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
+from fewbits.export.onnx.cached import Steps, has_cache
 from fewbits.export.onnx.rewrite import MICROSOFT
 from fewbits.export.onnx.runtimes import LOADERS, Run
+from fewbits.export.onnx.trace import CLASSES, Call
 from fewbits.export.onnx.weights import FOLDED, blocks
 from fewbits.formats import Uniform
 from fewbits.formats.packing import unpack_codes
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from fewbits.attach import Attachment
     from fewbits.export.layers import Layer
-    from fewbits.export.onnx.trace import Call
+    from fewbits.export.onnx.codes import Codes
     from fewbits.graph.types import Site
     from fewbits.quantizer import Quantizer
 
@@ -173,33 +175,47 @@ class Measured:
 
 
 def compare(
-    file: Path, call: Call, attachment: Attachment, batches: list[list[Tensor]], runtimes: list[str], classes: bool
+    file: Path, call: Call, attachment: Attachment, codes: Codes, batches: list[list[Tensor]], runtimes: list[str]
 ) -> list[dict[str, Any]]:
-    """What each runtime answers beside the simulation, over all batches."""
+    """What each runtime answers beside the simulation, over all batches; `codes` sees the simulation's tensors.
+
+    Raises `FewbitsError` where `codes` finds others than the simulation's.
+    """
     wanted, reference = [], []
     with torch.no_grad():
-        for tensors in batches:
-            wanted.append([value.float() for value in call.run(*tensors)])
+        with attachment.observing(codes.observers()):
+            for tensors in batches:
+                wanted.append([value.float() for value in call.run(*tensors)])
+        codes.judge()
         with attachment.without_activations():
             for tensors in batches:
                 reference.append([value.float() for value in call.run(*tensors)])
+    answer = Steps(file, call.inputs) if has_cache(file) else _AtOnce(file, call)
+    classes = call.domain in CLASSES
     found = []
     for name in runtimes:
         run = LOADERS[name](file)
         measured = Measured()
         for tensors, mine, plain in zip(batches, wanted, reference, strict=True):
-            measured.add(_run(run, call, tensors, file), mine, plain, classes)
+            measured.add(answer(run, tensors), mine, plain, classes)
         found.append(measured.report(name))
     return found
 
 
-def _run(run: Run, call: Call, tensors: list[Tensor], file: Path) -> list[Tensor]:
-    """Raises `FewbitsError` for outputs of another number."""
-    given = {name: value.detach().cpu().numpy() for name, value in zip(call.inputs, tensors, strict=True)}
-    found = [torch.from_numpy(np.array(value)).float() for value in run(given)]
-    if len(found) != len(call.outputs):
-        raise FewbitsError(f"{file.name}: it returns {len(found)} tensors, the model {len(call.outputs)}")
-    return found
+@dataclass
+class _AtOnce:
+    """A file's answers to what the model is called with, in one run."""
+
+    file: Path
+    call: Call
+
+    def __call__(self, run: Run, tensors: list[Tensor]) -> list[Tensor]:
+        """Raises `FewbitsError` for outputs of another number."""
+        given = {name: value.detach().cpu().numpy() for name, value in zip(self.call.inputs, tensors, strict=True)}
+        found = [torch.from_numpy(np.array(value)).float() for value in run(given)]
+        if len(found) != len(self.call.outputs):
+            raise FewbitsError(f"{self.file.name}: it returns {len(found)} tensors, the model {len(self.call.outputs)}")
+        return found
 
 
 def judge(report: dict[str, Any], *, quantized: bool, real: bool, int8_products: bool) -> None:

@@ -54,8 +54,6 @@ class Rewriter:
                 self._fold_norm(node)
             elif node.op_type == "Transpose":
                 self._transpose_first(node)
-            elif node.op_type in ("Conv", "Gemm", "ConvTranspose"):
-                self._own_bias(node)
 
     # -- making nodes ------------------------------------------------------------------------------------------------
     def place(self, site: str) -> str:
@@ -268,14 +266,6 @@ class Rewriter:
         replace_all_uses_with(norm.outputs[0], conv.outputs[0], replace_graph_outputs=True)
         self.graph.remove(norm, safe=True)
         self.counts["batch norms folded into scales"] += 1
-
-    def _own_bias(self, node: ir.Node) -> None:
-        """A copy of a bias that several layers read: onnxruntime quantizes biases under one name, and fails twice."""
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        held = _array(bias)
-        if bias is not None and held is not None and len(bias.uses()) > 1:
-            copy = self.constant(self.place(f"{bias.name}@"), torch.from_numpy(np.array(held)))
-            node.replace_input_with(2, copy)
 
     def _transpose_first(self, transpose: ir.Node) -> None:
         """The factor and offset of a norm over channels, [channels, 1], behind the transpose that follows them.

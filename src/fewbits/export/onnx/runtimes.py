@@ -21,6 +21,17 @@ IN_FLOAT = "LP_TRANSFORMS_MODE"
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
 
+def input_shapes(file: Path) -> dict[str, list[int | str]]:
+    """The sizes of every input of a file, in its order; those that may be any are given by their name."""
+    import onnx
+
+    def size(held: onnx.TensorShapeProto.Dimension) -> int | str:
+        return held.dim_value if held.HasField("dim_value") else held.dim_param
+
+    graph = onnx.load(str(file), load_external_data=False).graph
+    return {item.name: [size(held) for held in item.type.tensor_type.shape.dim] for item in graph.input}
+
+
 def threads() -> int:
     """As many as torch uses."""
     import torch

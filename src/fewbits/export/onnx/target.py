@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from fewbits.errors import FewbitsError
 from fewbits.export.base import Obstacle, Subject, Target
 from fewbits.export.onnx.weights import PRODUCTS
 from fewbits.hub.models import save_companions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 FILE = "model.onnx"
 #: Tensors above this size go into a file beside the graph: one protobuf message holds 2 GB.
@@ -25,7 +28,7 @@ class Export(Target):
     Activation codes of signed grids are moved to uint8, which is the same grid. Weights with one scale a row (or one in
     all) and quantized inputs are int8 tensors with a DequantizeLinear, whatever their bits; weights in groups, and all
     weights of matrix products with floating-point inputs, are `com.microsoft::MatMulNBits` of 2, 4 or 8 bits. Language
-    models come out as they are called, without a cache of keys and values.
+    models come out as they are called, or with a cache of keys and values as one step of generation; see `cached`.
     """
 
     name: ClassVar[str] = "onnx"
@@ -50,22 +53,16 @@ class Export(Target):
 
         opset: of the standard operators, 20 by default (21 where a convolution's weights are in groups).
         accuracy_level: how MatMulNBits computes in onnxruntime: 0 with float32 activations as the simulation does; 4
-        rounds them to 8 bits, several times as fast. cache: only false, the default.
+        rounds them to 8 bits, several times as fast. cache: whether a causal language model of transformers takes and
+        returns keys and values, for generation token by token; false by default.
         """
         chosen = _options(options)
         import onnx_ir as ir
 
         from fewbits.export.onnx.rewrite import Rewriter, finish
-        from fewbits.export.onnx.trace import traced
 
         planned = _planned(subject)
-        call, tensors = _call(subject)
-        with torch.no_grad():
-            call.run(*tensors)  # names the outputs
-        model, axes = traced(call, subject.attachment, tensors, chosen["opset"])
-        if tensors[0].shape[0] > 1 and not any(axis.endswith("[batch]") for axis in axes):
-            tensors = [value[:1] if value.dim() else value for value in tensors]
-            model, axes = traced(call, subject.attachment, tensors, chosen["opset"])
+        model, axes = (_step if chosen["cache"] else _forward)(subject, chosen["opset"])
         writer = Rewriter(model.graph, *planned, accuracy_level=chosen["accuracy_level"])
         writer.run()
         finish(model)
@@ -80,17 +77,21 @@ class Export(Target):
             "outputs": [value.name for value in model.graph.outputs],
             "free_axes": axes,
             "sites": dict(sorted(writer.counts.items())),
-            "cache": False,
+            "cache": chosen["cache"],
         }
 
     def check(self, subject: Subject, folder: Path) -> list[dict[str, Any]]:
         """Structure first, then answers in every runtime that is installed.
+
+        A file with a cache answers in steps, a file without one at once. The codes that onnxruntime makes of the
+        simulation's inputs at every activation quantizer are compared too: `quantizers`, see `codes.Codes.report`.
 
         Reports also hold `precise` (whether the runtimes' modes for CPUs without VNNI were used), `relative` (norm of
         the difference over that of the outputs), and `distance` and `simulated_distance` (the same from the model with
         floating-point activations, in the runtime and in the simulation).
         """
         from fewbits.export.onnx.check import check_structure, compare, judge
+        from fewbits.export.onnx.codes import Codes
         from fewbits.export.onnx.runtimes import installed, saturates
 
         file = folder / FILE
@@ -101,10 +102,13 @@ class Export(Target):
             call.run(*tensors)
         batches = [call.tensors(batch) for batch in subject.inputs()]
         batches = _as_the_file_takes_them(file, call.inputs, batches)
-        reports = compare(file, call, subject.attachment, batches, installed(), _has_classes(call.domain))
+        codes = Codes(file, {name: quantizer for name, (_, quantizer) in activations.items()})
+        reports = compare(file, call, subject.attachment, codes, batches, installed())
         level = _accuracy_level(file)
         for report in reports:
             report["structure"] = counts
+            if report["runtime"] == "onnxruntime":
+                report["quantizers"] = codes.report()
             report["precise"] = bool(activations) and saturates()
             judge(
                 report,
@@ -127,9 +131,35 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
         raise FewbitsError(f"opset {chosen['opset']!r}: an integer from {_OPSETS[0]} to {_OPSETS[-1]} is needed")
     if level not in (0, 4):
         raise FewbitsError(f"accuracy_level {chosen['accuracy_level']!r}: choose 0 (float32) or 4 (8-bit integers)")
-    if str(chosen["cache"]).lower() != "false":
-        raise FewbitsError("cache: language models are exported without a cache of keys and values; set cache=false")
-    return {"opset": opset, "accuracy_level": level}
+    cache = {"false": False, "true": True}.get(str(chosen["cache"]).lower())
+    if cache is None:
+        raise FewbitsError(f"cache {chosen['cache']!r}: choose true or false")
+    return {"opset": opset, "accuracy_level": level, "cache": cache}
+
+
+def _forward(subject: Subject, opset: int) -> tuple[ir.Model, list[str]]:
+    """The model as it is called, traced; see `trace.traced`."""
+    from fewbits.export.onnx.trace import traced
+
+    call, tensors = _call(subject)
+    with torch.no_grad():
+        call.run(*tensors)  # names the outputs
+    model, axes = traced(call, subject.attachment, tensors, opset)
+    if tensors[0].shape[0] > 1 and not any(axis.endswith("[batch]") for axis in axes):
+        tensors = [value[:1] if value.dim() else value for value in tensors]
+        model, axes = traced(call, subject.attachment, tensors, opset)
+    return model, axes
+
+
+def _step(subject: Subject, opset: int) -> tuple[ir.Model, list[str]]:
+    """One step of generation, traced; see `cached`."""
+    from fewbits.export.onnx.cached import CachedCall
+    from fewbits.export.onnx.trace import traced
+
+    call = CachedCall.of(subject.loaded.model.float())
+    model, axes = traced(call, subject.attachment, call.example(), opset)
+    call.finish(model, axes)
+    return model, axes
 
 
 def _planned(subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -157,26 +187,18 @@ def _call(subject: Subject) -> tuple[Any, list[Tensor]]:
     return call, tensors
 
 
-def _has_classes(domain: str) -> bool:
-    """Whether the first output is scores to choose the largest from."""
-    from fewbits.export.onnx.trace import CLASSES
-
-    return domain in CLASSES
-
-
 def _as_the_file_takes_them(file: Path, names: list[str], batches: list[list[Tensor]]) -> list[list[Tensor]]:
     """The batches, cut into samples where the file has a fixed number of them."""
-    import onnx
+    from fewbits.export.onnx.runtimes import input_shapes
 
-    first = next(item for item in onnx.load(str(file), load_external_data=False).graph.input if item.name == names[0])
-    size = first.type.tensor_type.shape.dim[0]
-    if not size.HasField("dim_value"):
+    size = input_shapes(file)[names[0]][0]
+    if not isinstance(size, int):
         return batches
     cut = []
     for tensors in batches:
         count = tensors[0].shape[0]
-        for at in range(0, count - size.dim_value + 1, size.dim_value):
-            rows = slice(at, at + size.dim_value)
+        for at in range(0, count - size + 1, size):
+            rows = slice(at, at + size)
             cut.append([value[rows] if value.dim() and value.shape[0] == count else value for value in tensors])
     return cut
 

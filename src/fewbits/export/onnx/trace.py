@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,26 @@ if TYPE_CHECKING:
 #: Domain and name of the node that stands for a quantizer; its attribute `site` is the site's name.
 MARK_DOMAIN, MARK = "fewbits", "Quantized"
 CLASSES = ("image", "text-classification", "text-generation", "fill-mask", "token-classification")
+
+
+class Traceable(Protocol):
+    """A model with tensors in and tensors out, as `traced` writes it.
+
+    `inputs` and `outputs` are their names; `run` takes one tensor per input and returns one per output. `free` names
+    the axes of an input that may have any size in the file.
+    """
+
+    model: nn.Module
+
+    @property
+    def inputs(self) -> list[str]: ...
+
+    @property
+    def outputs(self) -> list[str]: ...
+
+    def free(self, name: str, tensor: Tensor) -> dict[int, str]: ...
+
+    def run(self, *tensors: Tensor) -> tuple[Tensor, ...]: ...
 
 
 @dataclass
@@ -75,6 +95,11 @@ class Call:
         found = [leaves[place] for place in self.places]
         return [value.float() if value.is_floating_point() else value for value in found]
 
+    def free(self, name: str, tensor: Tensor) -> dict[int, str]:
+        """The first axis of every input, and the second of integer ones (tokens)."""
+        names = ("batch",) if tensor.is_floating_point() else ("batch", "sequence")
+        return dict(enumerate(names[: tensor.dim()]))
+
     def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
@@ -90,7 +115,7 @@ class Call:
 class _Flat(nn.Module):
     """The model with tensors in and tensors out."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Traceable) -> None:
         super().__init__()
         self.model = call.model
         self.call = call
@@ -99,12 +124,14 @@ class _Flat(nn.Module):
         return self.call.run(*tensors)
 
 
-def traced(call: Call, attachment: Attachment | None, tensors: list[Tensor], opset: int) -> tuple[ir.Model, list[str]]:
+def traced(
+    call: Traceable, attachment: Attachment | None, tensors: list[Tensor], opset: int
+) -> tuple[ir.Model, list[str]]:
     """(model, axes that follow the input): the forward on `tensors` as an ONNX graph, nothing quantized in it yet.
 
     A node `MARK` stands where each enabled quantizer of the attachment is; without one, the float model is traced. The
-    first axis of every input may have any size in the file, and the second of integer ones (tokens), where the forward
-    does not fix them. Raises `FewbitsError` where torch cannot export the model.
+    `free` axes of an input may have any size in the file where the forward does not fix them. Raises `FewbitsError`
+    where torch cannot export the model.
     """
 
     def mark(site: Site, x: Tensor) -> Tensor:
@@ -112,31 +139,29 @@ def traced(call: Call, attachment: Attachment | None, tensors: list[Tensor], ops
             f"{MARK_DOMAIN}::{MARK}", (x,), {"site": site.name}, dtype=x.dtype, shape=x.shape, version=1
         )
 
-    free = tuple(_free_axes(tensor) for tensor in tensors)
+    free = [call.free(name, tensor) for name, tensor in zip(call.inputs, tensors, strict=True)]
+    moving = tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) for axes in free)
     marking = contextlib.nullcontext() if attachment is None else attachment.emitting(mark)
     with _quiet(), torch.no_grad(), marking:
         try:
-            program = torch.export.export(_Flat(call), tuple(tensors), dynamic_shapes={"tensors": free}, strict=False)
+            program = torch.export.export(_Flat(call), tuple(tensors), dynamic_shapes={"tensors": moving}, strict=False)
         except FewbitsError:
             raise
         except Exception as error:
             raise FewbitsError(f"torch cannot export this model: {_first_line(error)}") from error
+    program.example_inputs = (
+        None  # with them torch puts its conditions on shapes into the graph, which ONNX cannot hold
+    )
     with _quiet():
         try:
             made: Any = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
         except Exception as error:
             raise FewbitsError(f"torch cannot turn this model into ONNX: {_cause(error)}") from error
     model = made.model
-    return model, _name_ends(model, call)
+    return model, _name_ends(model, call, free)
 
 
-def _free_axes(tensor: Tensor) -> dict[int, Any]:
-    auto = torch.export.Dim.AUTO
-    axes = 1 if tensor.is_floating_point() else 2
-    return dict.fromkeys(range(min(axes, tensor.dim())), auto)
-
-
-def _name_ends(model: ir.Model, call: Call) -> list[str]:
+def _name_ends(model: ir.Model, call: Traceable, free: list[dict[int, str]]) -> list[str]:
     """Give inputs, outputs and their free axes their names; returns these axes as INPUT[AXIS]."""
     graph = model.graph
     outputs = [f"{name}_out" if name in call.inputs else name for name in call.outputs]
@@ -147,11 +172,11 @@ def _name_ends(model: ir.Model, call: Call) -> list[str]:
         value.name = str(value.name).removeprefix("model.")
     called: dict[str, str] = {}
     axes = []
-    for value in graph.inputs:
+    for value, axis_names in zip(graph.inputs, free, strict=True):
         for axis, size in enumerate(value.shape or ()):
             if not isinstance(size, int):
                 symbol = str(size.value)
-                called.setdefault(symbol, {0: "batch", 1: "sequence"}.get(axis, f"{value.name}_{axis}"))
+                called.setdefault(symbol, axis_names.get(axis, f"{value.name}_{axis}"))
                 axes.append(f"{value.name}[{called[symbol]}]")
     for value in (*graph.inputs, *graph.outputs):
         for axis, size in enumerate(value.shape or ()):
