@@ -21,7 +21,7 @@ from fewbits.papers import build_recipe
 from fewbits.quantizer import Quantizer
 from fewbits.ranges import AbsMax, JointSearch, MinMax
 from fewbits.recipe import QSpec, Recipe
-from fewbits.reconstruction import keep_positive, lsq_factor, lsq_quantize, mixed, random_masks, scale_gradient
+from fewbits.reconstruction import RandomMasks, keep_positive, lsq_factor, lsq_quantize, mixed, scale_gradient
 from fewbits.steps.reconstruct import ReconstructDropping, dropping
 from fewbits.steps.reconstruct.dropping import DroppedQuantizer, mixed_trees
 
@@ -65,9 +65,9 @@ def recipe_with(bits: str = "W4A4", weight_range: Any = None, **options: Any) ->
 def test_keep_one_is_the_quantizer_and_keep_zero_is_floating_point() -> None:
     x = noise(3, 5, 7)
     quantizer = four_bits(x)
-    assert torch.equal(DroppedQuantizer(quantizer, random_masks(1.0, generator()))(x), quantizer(x))
-    assert torch.equal(DroppedQuantizer(quantizer, random_masks(0.0, generator()))(x), x)
-    assert random_masks(1.0, generator())(x) is None, "nothing is drawn where nothing is dropped"
+    assert torch.equal(DroppedQuantizer(quantizer, RandomMasks(1.0, generator()))(x), quantizer(x))
+    assert torch.equal(DroppedQuantizer(quantizer, RandomMasks(0.0, generator()))(x), x)
+    assert RandomMasks(1.0, generator())(x) is None, "nothing is drawn where nothing is dropped"
     for wrong in (-0.1, 1.5):
         with pytest.raises(FewbitsError, match="keep"):
             ReconstructDropping(keep=wrong)
@@ -77,7 +77,7 @@ def test_half_of_the_elements_are_quantized_each_by_itself_and_anew_every_time()
     x = noise(8, 16, 10, 10)
     quantizer = four_bits(x)
     quantized = quantizer(x)
-    dropped = DroppedQuantizer(quantizer, random_masks(0.5, generator()))
+    dropped = DroppedQuantizer(quantizer, RandomMasks(0.5, generator()))
     first, second = dropped(x), dropped(x)
     kept = first == quantized
     assert bool((kept | (first == x)).all()), "an element is quantized or left alone, never something between"
@@ -86,14 +86,14 @@ def test_half_of_the_elements_are_quantized_each_by_itself_and_anew_every_time()
         share = kept.float().mean(axes)
         assert float(share.min()) > 0.35 and float(share.max()) < 0.65
     assert 0.45 < float((first != second).float().mean()) < 0.55, "masks change from step to step"
-    quarter = random_masks(0.25, generator())(x)
+    quarter = RandomMasks(0.25, generator())(x)
     assert quarter is not None and 0.23 < float(quarter.float().mean()) < 0.27
 
 
 def test_gradients_go_to_what_was_taken() -> None:
     x = noise(4, 50).requires_grad_()
     full = noise(4, 50, seed=1).requires_grad_()
-    mask = random_masks(0.5, generator())(x)
+    mask = RandomMasks(0.5, generator())(x)
     mixed(x, full, mask).sum().backward()
     assert mask is not None and torch.equal(x.grad, mask.float()) and torch.equal(full.grad, (~mask).float())
 
@@ -102,7 +102,7 @@ def test_every_input_of_a_unit_is_mixed_with_its_own_mask() -> None:
     a, b = torch.zeros(4, 100), torch.ones(4, 100)
     index = torch.arange(4)
     (first, second, number), named = mixed_trees(
-        ((a, a, index), {"more": a}), ((b, b, index + 1), {"more": b}), random_masks(0.5, generator())
+        ((a, a, index), {"more": a}), ((b, b, index + 1), {"more": b}), RandomMasks(0.5, generator())
     )
     assert torch.equal(number, index), "only floating-point tensors are mixed"
     masks = [first, second, named["more"]]

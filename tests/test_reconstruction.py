@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import PerChannel, affine
+from fewbits.graph import record
 from fewbits.ranges import MinMax
 from fewbits.reconstruction import (
     Group,
+    Steady,
     fisher_diagonal_loss,
     fisher_full_loss,
     fisher_weight,
@@ -23,7 +27,9 @@ from fewbits.reconstruction import (
     with_replacement,
     without_replacement,
 )
+from fewbits.reconstruction.recorded import why_not
 from fewbits.rounding import LearnedRounding, RoundingRegulariser, nearest
+from fewbits.steps.reconstruct.device import _AddedConstants
 
 # -- losses ----------------------------------------------------------------------------------------------------------
 
@@ -162,6 +168,34 @@ def test_loop_refuses_what_cannot_work() -> None:
         minimise(lambda s, i: w.sum(), [w, unused], iterations=1, sampler=batches)
 
 
+def test_a_steady_loss_is_the_function_of_its_course() -> None:
+    numbers = [None, None, *(1.0 + 0.1 * step for step in range(8))]
+    given: list[float | Tensor | None] = []
+    found = []
+    for steady in (False, True):
+        w = nn.Parameter(torch.ones(3))
+
+        def value(index: Tensor, number: float | Tensor | None, w: Tensor = w) -> Tensor:
+            given.append(number)
+            return (w - index).square().sum() * (1.0 if number is None else number)
+
+        loss = Steady(value, numbers) if steady else lambda step, index, f=value: f(index, numbers[step])
+        sampler = [torch.full((3,), float(step)) for step in range(10)]
+        found.append((minimise(loss, [w], iterations=10, sampler=sampler), w.detach()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert given == numbers * 2, "on a CPU the numbers are Python's"
+    assert Steady(value).at(7) is None
+
+
+def test_reasons_against_recording() -> None:
+    w, host = torch.empty(1, device="meta"), torch.Generator()
+    loss = Steady(lambda index, number: w.sum())
+    assert why_not(loss, [w, w]) is None
+    assert "2 devices" in str(why_not(loss, [w, torch.empty(1)]))
+    assert "samples lie on cpu" in str(why_not(replace(loss, samples=torch.device("cpu")), [w]))
+    assert "drawn on the CPU" in str(why_not(replace(loss, generators=[host]), [w]))
+
+
 def test_samplers() -> None:
     draws = [next(without_replacement(10, 4, torch.Generator().manual_seed(0))) for _ in range(2)]
     assert torch.equal(*draws)
@@ -285,3 +319,36 @@ def test_gradient_problems_are_reported() -> None:
         kl_gradients(net.left, lambda y: (net.left(y), y), [torch.randn(2, 8)])
     with pytest.raises(FewbitsError, match="logits"):
         kl_gradients(net.left, lambda y: (net.left(y)[:1], y), [torch.randn(2, 8)])
+
+
+# -- what suits a GPU ------------------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """Two norms behind convolutions: one as folding leaves it, one that also scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.constant, self.scaling = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        for norm in (self.constant, self.scaling):
+            nn.init.normal_(norm.bias)
+            norm.running_var.fill_(1 - norm.eps)
+        nn.init.normal_(self.scaling.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaling(self.second(self.constant(self.first(x))))
+
+
+def test_only_norms_that_add_a_constant_are_run_as_additions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Normed().eval(), torch.randn(2, 3, 8, 8)
+    graph = record(model, x)
+    unit = SimpleNamespace(model=model, graph=graph, unit=SimpleNamespace(calls=range(len(graph.calls))))
+    expected = model(x)
+    normed: list[Tensor] = []
+    real = torch.batch_norm
+    monkeypatch.setattr(torch, "batch_norm", lambda *args: (normed.append(args[3]), real(*args))[1])
+    with _AddedConstants(unit):  # type: ignore[arg-type]
+        found = model(x)
+    assert len(normed) == 1 and normed[0] is model.scaling.running_mean
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

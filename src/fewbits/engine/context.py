@@ -14,7 +14,7 @@ from fewbits.attach import REPLACEMENTS
 from fewbits.engine.gradients import output_gradients
 from fewbits.engine.module_calls import ModuleCalls, module_calls
 from fewbits.engine.statistics import Statistic
-from fewbits.engine.tree import Batch, Samples, Tree, map_tensors
+from fewbits.engine.tree import Batch, Samples, Tree, map_tensors, to
 from fewbits.errors import FewbitsError
 from fewbits.formats import Params
 from fewbits.graph import operands
@@ -39,6 +39,7 @@ class ModelContext:
         self.attachment: Attachment = run.attachment
         self.recipe: Recipe = run.recipe
         self.device: torch.device = run.device
+        self._codes_home = torch.device("cpu")
 
     def spec(self, site: Site) -> QSpec | None:
         """The grid the recipe's scheme, or a step that allocates bits, puts at a site; None for floating point."""
@@ -153,7 +154,7 @@ class ModelContext:
         quantizer.set_params({name: value.detach() for name, value in params.items()})
         attachment = self.attachment
         attachment.set_quantizer(site.name, quantizer)
-        attachment.codes[site.name] = codes.detach().to("cpu")
+        attachment.codes[site.name] = codes.detach().to(self._codes_home)
         if group_index is not None:
             attachment.group_index[site.name] = group_index.detach().to("cpu")
         for part in parts:
@@ -225,6 +226,7 @@ class UnitContext(ModelContext):
         self.unit = unit
         self.sweep = sweep
         self.module: nn.Module = run.model.get_submodule(unit.name)
+        self._codes_home = run.device  # where they are packed; the sweep moves them when the unit is done
         self.prefix = "float" if run.recipe.calibration.regime == "parallel" else "quantized"
         self.writes_in_place = any(self.graph.calls[index].inplace for index in unit.calls)
 
@@ -244,24 +246,28 @@ class UnitContext(ModelContext):
         return _seeded(f"{self.run.seed}/{self.sweep}/{self.unit.name}/{purpose}")
 
     # -- data --------------------------------------------------------------------------------------------------------
-    def batches(self, stream: str | None = None) -> Iterator[tuple[int, tuple[Any, ...], dict[str, Any]]]:
-        """(samples, args, kwargs) of every cached call of the unit, in order."""
-        for number, size in enumerate(self.run.sizes):
-            for use in range(self.run.uses(self.unit, number)):
-                args, kwargs = self.run.store.get(("input", stream or self.prefix, number, use))
-                if self.writes_in_place:
-                    args, kwargs = map_tensors(torch.clone, (args, kwargs))
-                yield size, args, kwargs
+    def batches(
+        self, stream: str | None = None, every: int = 1
+    ) -> Iterator[tuple[int, tuple[Any, ...], dict[str, Any]]]:
+        """(samples, args, kwargs) of the cached calls of the unit, in order, on the first batch and every so many-th
+        after it."""
+        numbers = range(0, len(self.run.sizes), every)
+        calls = [(number, use) for number in numbers for use in range(self.run.uses(self.unit, number))]
+        trees = self.run.store.walk([("input", stream or self.prefix, number, use) for number, use in calls])
+        for (number, _), (args, kwargs) in zip(calls, trees, strict=True):
+            if self.writes_in_place:
+                args, kwargs = map_tensors(torch.clone, (args, kwargs))
+            yield self.run.sizes[number], args, kwargs
 
-    def inputs(self, stream: str | None = None) -> Samples:
-        """All cached inputs of a stream, joined by sample."""
-        trees = [(args, kwargs) for _, args, kwargs in self.batches(stream)]
+    def inputs(self, stream: str | None = None, device: torch.device | None = None) -> Samples:
+        """All cached inputs of a stream, joined by sample on a device (default: where they come from)."""
+        trees = [_at(device, (args, kwargs)) for _, args, kwargs in self.batches(stream)]
         return Samples.join(trees, self._sizes(), f"unit {self.name}")
 
-    def targets(self) -> Samples:
-        """The float unit's outputs on float inputs, joined by sample."""
+    def targets(self, device: torch.device | None = None) -> Samples:
+        """The float unit's outputs on float inputs, joined by sample on a device, for steps with `gradients`."""
         trees = [
-            self.run.store.get(("float", self.unit.name, number, use))
+            _at(device, self.run.store.get(("float", self.unit.name, number, use)))
             for number in range(len(self.run.sizes))
             for use in range(self.run.uses(self.unit, number))
         ]
@@ -287,6 +293,8 @@ class UnitContext(ModelContext):
         `stream` defaults to the regime's prefix. `quantized` False runs the float unit (default: False on the float
         stream). Sites that read the same tensor share one accumulator per statistic key.
         """
+        if not requests:
+            return
         stream = stream or self.prefix
         quantized = stream == "quantized" if quantized is None else quantized
         current = [0]
@@ -313,9 +321,9 @@ class UnitContext(ModelContext):
         for statistic, first in twins:
             statistic.__dict__.update(first.__dict__)
 
-    def module_calls(self, path: str, stream: str | None = None) -> AbstractContextManager[ModuleCalls]:
+    def module_calls(self, path: str, stream: str | None = None, every: int = 1) -> AbstractContextManager[ModuleCalls]:
         """What a module inside the unit is called with and returns in floating point (`engine.module_calls`)."""
-        return module_calls(self, path, stream or self.prefix)
+        return module_calls(self, path, stream or self.prefix, every)
 
     @contextmanager
     def original_weights(self) -> Iterator[None]:
@@ -332,6 +340,10 @@ class UnitContext(ModelContext):
         """Activation quantizers off while the context lasts; weights keep theirs."""
         with self.attachment.without_activations():
             yield
+
+
+def _at(device: torch.device | None, tree: Tree) -> Tree:
+    return tree if device is None else to(tree, device)
 
 
 def _seeded(text: str) -> torch.Generator:

@@ -40,6 +40,23 @@ def to(tree: Tree, device: torch.device | str) -> Tree:
     return map_tensors(lambda t: t.to(device), tree)
 
 
+def to_host(t: Tensor, stream: torch.cuda.Stream | None = None) -> Tensor:
+    """A tensor in host memory; what a GPU holds is copied to page-locked memory.
+
+    With a stream the copy travels on it and is there once that stream has come so far.
+    """
+    if t.device.type != "cuda":
+        return t.cpu()
+    out = torch.empty_like(t, device="cpu", pin_memory=True)
+    if stream is None:
+        return out.copy_(t.detach())
+    stream.wait_stream(torch.cuda.current_stream(t.device))
+    with torch.cuda.stream(stream):
+        out.copy_(t.detach(), non_blocking=True)
+    t.record_stream(stream)
+    return out
+
+
 def nbytes(tree: Tree) -> int:
     return sum(t.numel() * t.element_size() for t in tensors(tree))
 
@@ -58,10 +75,11 @@ def share(tree: Tree, reference: Tree) -> Tree:
     others, other_spec = pytree.tree_flatten(reference)
     if spec != other_spec:
         return tree
-    return pytree.tree_unflatten([b if _same(a, b) else a for a, b in zip(leaves, others, strict=True)], spec)
+    return pytree.tree_unflatten([b if same(a, b) else a for a, b in zip(leaves, others, strict=True)], spec)
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether both are tensors of one type, place, shape and values."""
     return (
         isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
         and a.device == b.device and torch.equal(a, b)
@@ -102,7 +120,7 @@ class Samples:
             if regular and trailing and not (shared and first.shape[0] == 1):
                 leaves.append(torch.cat(list(column)) if len(column) > 1 else first)
                 per_sample.append(int(rows[0]))
-            elif shared or all(_same(c, first) for c in column):
+            elif shared or all(same(c, first) for c in column):
                 leaves.append(first)
                 per_sample.append(0)
             else:

@@ -17,16 +17,22 @@ from fewbits.errors import FewbitsError
 Masks = Callable[[Tensor], Tensor | None]
 
 
-def random_masks(keep: float, generator: torch.Generator) -> Masks:
+class RandomMasks:
     """Fresh masks at every call, each element True with probability `keep`, drawn on the generator's device.
 
     keep = 1 draws nothing. Raises FewbitsError unless 0 <= keep <= 1.
     """
-    if not 0 <= keep <= 1:
-        raise FewbitsError(f"dropping: keep={keep}; the probability of keeping a quantized value lies in [0, 1]")
-    if keep == 1:
-        return lambda x: None
-    return lambda x: torch.rand(x.shape, generator=generator, device=generator.device) < keep
+
+    def __init__(self, keep: float, generator: torch.Generator) -> None:
+        if not 0 <= keep <= 1:
+            raise FewbitsError(f"dropping: keep={keep}; the probability of keeping a quantized value lies in [0, 1]")
+        self.keep = keep
+        self.generator = generator
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        if self.keep == 1:
+            return None
+        return torch.rand(x.shape, generator=self.generator, device=self.generator.device) < self.keep
 
 
 def mixed(quantized: Tensor, full: Tensor, mask: Tensor | None) -> Tensor:

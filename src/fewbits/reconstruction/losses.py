@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
+from fewbits.kernels.available import has_triton
 
 
 def power_loss(prediction: Tensor, target: Tensor, *, channel_axis: int, p: float = 2.0) -> Tensor:
@@ -24,6 +25,11 @@ def power_loss(prediction: Tensor, target: Tensor, *, channel_axis: int, p: floa
 
     p = 2 is the usual squared error; BRECQ learns activation steps with p = 2.4. Computed in float32 at least.
     """
+    if p == 2 and prediction.is_cuda and has_triton():
+        from fewbits.kernels.triton_losses import fits, squared_error
+
+        if fits(prediction, target):  # the same sum in another order
+            return squared_error(prediction, target) * (target.shape[channel_axis] / target.numel())
     difference = _difference(prediction, target)
     powered = difference.square() if p == 2 else difference.abs().pow(p)
     return powered.sum(channel_axis).mean()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import ChannelBits, Granularity, Params, Uniform, expand_params
+from fewbits.kernels.available import has_triton
 
 GAMMA, ZETA = -0.1, 1.1  # stretch limits of the sigmoid: h reaches 0 and 1 at finite alpha, with zero gradient beyond
 
@@ -33,7 +34,7 @@ def inverse_rectified_sigmoid(share: Tensor) -> Tensor:
     return -torch.log((ZETA - GAMMA) / (share - GAMMA) - 1)
 
 
-def rounding_penalty(h: Tensor, beta: float) -> Tensor:
+def rounding_penalty(h: Tensor, beta: float | Tensor) -> Tensor:
     """Scalar sum over all weights (never a mean) of 1 - |2h - 1|^beta: 0 where every h is 0 or 1, at most the count."""
     return (1 - (2 * h - 1).abs().pow(beta)).sum()
 
@@ -71,7 +72,8 @@ class LearnedRounding(nn.Module):
     shape of the weight) is the only parameter. At construction the soft weight equals the float weight wherever that
     lies inside the grid's clipping range.
 
-    `forward()` gives the soft weight while `soft` is true, else the hard one; both float32.
+    `forward()` gives the soft weight while `soft` is true, else the hard one; both float32. On a GPU with Triton, soft
+    weight and penalty of a matrix are one kernel each (`fewbits.kernels.triton_rounding`).
     Raises FewbitsError where a scale is not positive and finite (a bad grid is never clamped silently).
     """
 
@@ -112,7 +114,14 @@ class LearnedRounding(nn.Module):
 
     def soft_weight(self) -> Tensor:
         """float32, differentiable in alpha; gradient zero where h is clamped or the code is clipped."""
-        return self._weight(self.h())
+        if not self._fused():
+            return self._weight(self.h())
+        from fewbits.kernels.triton_rounding import soft_weight
+
+        bounds: tuple[int, int] = self.format.code_bounds(self._params())  # type: ignore[assignment]
+        return soft_weight(
+            self.alpha, self.low, self.scale, self.zero_point, bounds, shifted=self._shift_first, stretch=(GAMMA, ZETA)
+        )
 
     @torch.no_grad()
     def codes(self) -> Tensor:
@@ -124,12 +133,21 @@ class LearnedRounding(nn.Module):
         """float32, every entry on the grid: the very bits that decoding the stored codes gives."""
         return self.format.decode(self.codes(), self._params())
 
-    def penalty(self, beta: float) -> Tensor:
-        """`rounding_penalty` of this weight's variables."""
-        return rounding_penalty(self.h(), beta)
+    def penalty(self, beta: float | Tensor) -> Tensor:
+        """`rounding_penalty` of this weight's variables; a tensor `beta` has no axes."""
+        if not self._fused():
+            return rounding_penalty(self.h(), beta)
+        from fewbits.kernels.triton_rounding import penalty
+
+        exponent = torch.as_tensor(beta, dtype=torch.float32, device=self.alpha.device)
+        return penalty(self.alpha, exponent, stretch=(GAMMA, ZETA))
 
     def forward(self) -> Tensor:
         return self.soft_weight() if self.soft else self.hard_weight()
+
+    def _fused(self) -> bool:
+        """Whether the GPU's kernels can stand for the formulas: a matrix whose code bounds are the same everywhere."""
+        return self.alpha.is_cuda and self.alpha.dim() == 2 and isinstance(self.format, Uniform) and has_triton()
 
     def _params(self) -> Params:
         names = [spec.name for spec in self.format.param_specs()]
@@ -146,7 +164,8 @@ class RoundingRegulariser:
 
     weight: lambda, 0.01 in both papers; right only for a data loss summed over channels. first_count: the number of the
     first step, 0 (AdaRound) or 1 (BRECQ). Calling it with a 0-based step gives a scalar tensor, or None during the warm
-    start, where the total loss is the data loss exactly.
+    start, where the total loss is the data loss exactly. `course` and `at` are the two halves of that: the exponents of
+    all steps, and the term for an exponent.
     """
 
     def __init__(
@@ -169,7 +188,11 @@ class RoundingRegulariser:
         self.first_count = first_count
 
     def __call__(self, step: int) -> Tensor | None:
-        beta = temperature(
+        return self.at(self.exponent(step))
+
+    def exponent(self, step: int) -> float | None:
+        """beta at a 0-based step, None during the warm start."""
+        return temperature(
             step + self.first_count,
             self.iterations,
             warm_start=self.warm_start,
@@ -177,6 +200,13 @@ class RoundingRegulariser:
             end=self.end,
             schedule=self.schedule,
         )
+
+    def course(self) -> list[float | None]:
+        """The exponents of all steps."""
+        return [self.exponent(step) for step in range(self.iterations)]
+
+    def at(self, beta: float | Tensor | None) -> Tensor | None:
+        """The term for an exponent (a tensor has no axes); None for none."""
         if beta is None or not self.roundings:
             return None
         total = self.roundings[0].penalty(beta)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fewbits.engine.context import UnitContext
 from fewbits.engine.layers import channel_axis, tail
-from fewbits.engine.tree import Tree, tensors
+from fewbits.engine.tree import Samples, Tree, tensors
 from fewbits.graph.positions import following_activation
 from fewbits.graph.types import Site
-from fewbits.reconstruction.loop import Callback, Group, LossFunction, minimise
+from fewbits.reconstruction.loop import Callback, minimise
 from fewbits.reconstruction.losses import power_loss
+from fewbits.reconstruction.steps import Group, Steady
 
 
 class Comparison:
@@ -50,7 +51,7 @@ class Comparison:
 
 def optimise(
     unit: UnitContext,
-    loss: LossFunction,
+    loss: Steady,
     groups: Sequence[Group],
     *,
     iterations: int,
@@ -59,7 +60,10 @@ def optimise(
     done: int = 0,
     of: int = 1,
 ) -> Tensor:
-    """`minimise`, with the progress bar moved every few steps: this is the `done`-th of `of` runs for the unit."""
+    """`minimise`, with the progress bar moved every few steps: this is the `done`-th of `of` runs for the unit.
+
+    A note says where steps on a GPU could not be recorded.
+    """
 
     def report(step: int, loss: Tensor) -> None:
         if step % 50 == 0:
@@ -67,4 +71,18 @@ def optimise(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # an expert that no sample reached stays as it is
-        return minimise(loss, groups, iterations=iterations, sampler=sampler, callbacks=[*callbacks, report])
+        return minimise(
+            loss,
+            groups,
+            iterations=iterations,
+            sampler=sampler,
+            callbacks=[*callbacks, report],
+            note=lambda reason: unit.note(f"{unit.name}: {reason}"),
+        )
+
+
+def home(*data: Samples | Tensor | None) -> torch.device:
+    """Where data lies that is indexed by sample: its device, or the CPU where it lies on several."""
+    leaves = [leaf for part in data for leaf in (part.leaves if isinstance(part, Samples) else [part])]
+    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
+    return devices.pop() if len(devices) == 1 else torch.device("cpu")

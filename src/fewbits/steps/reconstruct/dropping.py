@@ -14,11 +14,12 @@ from fewbits.engine.tree import Tree
 from fewbits.graph.types import Site
 from fewbits.quantizer import Quantizer
 from fewbits.recipe import Step
-from fewbits.reconstruction.dropping import Masks, mixed, random_masks
-from fewbits.reconstruction.loop import Group
+from fewbits.reconstruction.dropping import Masks, RandomMasks, mixed
 from fewbits.reconstruction.lsq import keep_positive, lsq_quantize
 from fewbits.reconstruction.sampling import with_replacement
-from fewbits.steps.reconstruct.comparison import Comparison, optimise
+from fewbits.reconstruction.steps import Group
+from fewbits.steps.reconstruct.comparison import Comparison, home, optimise
+from fewbits.steps.reconstruct.device import cheap_norms, gathered, rows
 from fewbits.steps.reconstruct.scales import learnable
 from fewbits.steps.reconstruct.weights import Annealing, LearnedWeight, commit, soften, start_unit, with_penalty
 
@@ -74,7 +75,7 @@ class ReconstructDropping(Step):
     fits_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        random_masks(self.keep, torch.Generator())
+        RandomMasks(self.keep, torch.Generator())
 
     def apply(self, unit: UnitContext) -> None:
         weights = start_unit(unit)
@@ -92,7 +93,7 @@ class ReconstructDropping(Step):
         for name, stand_in in dropped.items():
             unit.attachment.set_quantizer(name, stand_in)  # type: ignore[arg-type]
         past = dropped.get(comparison.behind.name) if comparison.behind is not None else None
-        self._learn(unit, comparison, weights, scales, past)
+        self._learn(unit, comparison, weights, scales, list(dropped.values()), past)
         for quantizer in learned:
             quantizer.freeze_learned()
         for name, quantizer in held.items():
@@ -105,28 +106,35 @@ class ReconstructDropping(Step):
         comparison: Comparison,
         weights: list[LearnedWeight],
         scales: list[nn.Parameter],
+        dropped: list[DroppedQuantizer],
         past: DroppedQuantizer | None,
     ) -> None:
-        quantized, full, targets = unit.inputs("quantized"), unit.inputs("float"), unit.targets()
+        quantized, full, targets = gathered(unit, "quantized", "float")
         masks = self._masks(unit, "input")
 
-        def loss(step: int, index: Tensor) -> Tensor:
-            args, kwargs = mixed_trees(quantized.rows(index), full.rows(index), masks)
+        def loss(index: Tensor) -> Tensor:
+            args, kwargs = mixed_trees(rows(unit, quantized, index), rows(unit, full, index), masks)
             output = comparison.values(unit.forward(args, kwargs), past)
-            return comparison.error(output, comparison.values(targets.rows(index)))
+            return comparison.error(output, comparison.values(rows(unit, targets, index)))
 
         keep_positive(scales)
         groups = [Group([weight.rounding.alpha for weight in weights], self.lr)]
         if scales:
             groups.append(Group(scales, self.scale_lr, "cosine"))
-        optimise(
-            unit,
-            with_penalty(loss, self.annealing.over(weights, self.iterations)),
-            groups,
-            iterations=self.iterations,
-            sampler=with_replacement(quantized.count, self.batch, unit.generator("samples")),
-            callbacks=[lambda step, loss: keep_positive(scales)],
-        )
+        with cheap_norms(unit):
+            optimise(
+                unit,
+                with_penalty(
+                    loss,
+                    self.annealing.over(weights, self.iterations),
+                    home(quantized, full, targets),
+                    [m.generator for m in (masks, *(d.masks for d in dropped)) if isinstance(m, RandomMasks)],
+                ),
+                groups,
+                iterations=self.iterations,
+                sampler=with_replacement(quantized.count, self.batch, unit.generator("samples")),
+                callbacks=[lambda step, loss: keep_positive(scales)],
+            )
 
     def _calibrate(self, unit: UnitContext, comparison: Comparison, site: Site) -> None:
         """The quantizer behind the unit, on what it will meet in the float model."""
@@ -142,7 +150,7 @@ class ReconstructDropping(Step):
 
     def _masks(self, unit: UnitContext, purpose: str) -> Masks:
         seed = unit.generator(f"keep {purpose}").initial_seed()
-        return random_masks(self.keep, torch.Generator(unit.device).manual_seed(seed))
+        return RandomMasks(self.keep, torch.Generator(unit.device).manual_seed(seed))
 
 
 def mixed_trees(quantized: Tree, full: Tree, masks: Masks) -> Tree:

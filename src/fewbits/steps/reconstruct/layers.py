@@ -14,11 +14,12 @@ from fewbits.engine.statistics import Values
 from fewbits.errors import FewbitsError
 from fewbits.graph.types import Site
 from fewbits.recipe import Step
-from fewbits.reconstruction.loop import Group
 from fewbits.reconstruction.losses import power_loss
 from fewbits.reconstruction.sampling import without_replacement
+from fewbits.reconstruction.steps import Group
 from fewbits.steps.nearest import round_nearest
-from fewbits.steps.reconstruct.comparison import optimise
+from fewbits.steps.reconstruct.comparison import home, optimise
+from fewbits.steps.reconstruct.device import cheap_norms, innermost
 from fewbits.steps.reconstruct.weights import Annealing, start_rounding, with_penalty
 
 EVERYTHING = 1 << 62
@@ -60,7 +61,7 @@ class ReconstructLayers(Step):
             return
         layer = layer_with_activation(unit.model, unit.graph, site)
         count = sum(unit.run.sizes)
-        x_float, x = _by_sample(float_in.value(), count), _by_sample(quantized_in.value(), count)
+        x_float, x = (_by_sample(_laid_out(unit, site, seen.value()), count) for seen in (float_in, quantized_in))
         weight = unit.weight(site)
         with torch.no_grad():
             y = torch.cat(
@@ -69,21 +70,26 @@ class ReconstructLayers(Step):
         del x_float
         axis = channel_axis(unit.graph, unit.graph.calls[site.call].outputs[0])
 
-        def loss(step: int, index: Tensor) -> Tensor:
-            index = index.to(x.device)
+        def loss(index: Tensor) -> Tensor:
             output = layer(x[index].flatten(0, 1), started.rounding())
             return power_loss(output, y[index].flatten(0, 1), channel_axis=axis)
 
-        optimise(
-            unit,
-            with_penalty(loss, self.annealing.over([started], self.iterations)),
-            [Group([started.rounding.alpha], self.lr)],
-            iterations=self.iterations,
-            sampler=without_replacement(count, min(self.batch, count), unit.generator(site.name)),
-            done=number,
-            of=of,
-        )
+        with cheap_norms(unit):
+            optimise(
+                unit,
+                with_penalty(loss, self.annealing.over([started], self.iterations), home(x, y)),
+                [Group([started.rounding.alpha], self.lr)],
+                iterations=self.iterations,
+                sampler=without_replacement(count, min(self.batch, count), unit.generator(site.name)),
+                done=number,
+                of=of,
+            )
         unit.quantize_weight(site, started.rounding.codes(), started.quantizer.params)
+
+
+def _laid_out(unit: UnitContext, site: Site, x: Tensor) -> Tensor:
+    """A layer's input as its device reads it best."""
+    return innermost(x) if x.is_cuda and unit.graph.calls[site.call].op == "conv2d" else x
 
 
 def _by_sample(x: Tensor, count: int) -> Tensor:

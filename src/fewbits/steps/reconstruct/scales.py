@@ -15,9 +15,10 @@ from fewbits.formats import ChannelBits, Uniform
 from fewbits.graph.types import Site
 from fewbits.quantizer import Quantizer
 from fewbits.recipe import Step
-from fewbits.reconstruction.loop import Group
 from fewbits.reconstruction.sampling import without_replacement
-from fewbits.steps.reconstruct.comparison import Comparison, optimise
+from fewbits.reconstruction.steps import Group, Number, Steady
+from fewbits.steps.reconstruct.comparison import Comparison, home, optimise
+from fewbits.steps.reconstruct.device import cheap_norms, gathered, rows
 
 
 def learnable(unit: UnitContext, sites: Sequence[Site]) -> list[Quantizer]:
@@ -62,7 +63,7 @@ class LearnSteps(Step):
         learned = learnable(unit, unit.activations())
         if not learned:
             return
-        inputs, targets = unit.inputs(self.stream), unit.targets()
+        inputs, targets = gathered(unit, self.stream)
         parameters = [parameter for quantizer in learned for parameter in quantizer.learn(("scale",))]
         # Adam's first steps are as long as the learning rate, whatever the size of a scale: small scales must not
         # cross zero.
@@ -75,20 +76,21 @@ class LearnSteps(Step):
 
         comparison = Comparison(unit)
 
-        def loss(step: int, index: Tensor) -> Tensor:
-            args, kwargs = inputs.rows(index)
+        def loss(index: Tensor, number: Number) -> Tensor:
+            args, kwargs = rows(unit, inputs, index)
             output = comparison.values(unit.forward(args, kwargs))
-            return comparison.error(output, comparison.values(targets.rows(index)), self.p)
+            return comparison.error(output, comparison.values(rows(unit, targets, index)), self.p)
 
         try:
-            optimise(
-                unit,
-                loss,
-                [Group(parameters, lr=self.lr, schedule="cosine")],
-                iterations=self.iterations,
-                sampler=without_replacement(inputs.count, min(self.batch, inputs.count), unit.generator("steps")),
-                callbacks=[stay_positive],
-            )
+            with cheap_norms(unit):
+                optimise(
+                    unit,
+                    Steady(loss, samples=home(inputs, targets)),
+                    [Group(parameters, lr=self.lr, schedule="cosine")],
+                    iterations=self.iterations,
+                    sampler=without_replacement(inputs.count, min(self.batch, inputs.count), unit.generator("steps")),
+                    callbacks=[stay_positive],
+                )
         except FewbitsError as error:
             if "does not depend" not in str(error):
                 raise

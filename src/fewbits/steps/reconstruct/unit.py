@@ -10,10 +10,11 @@ from torch import Tensor
 from fewbits.engine.context import UnitContext
 from fewbits.recipe import Step
 from fewbits.reconstruction.fisher import fisher_weight
-from fewbits.reconstruction.loop import Group
 from fewbits.reconstruction.losses import fisher_diagonal_loss, fisher_full_loss
 from fewbits.reconstruction.sampling import without_replacement
-from fewbits.steps.reconstruct.comparison import Comparison, optimise
+from fewbits.reconstruction.steps import Group
+from fewbits.steps.reconstruct.comparison import Comparison, home, optimise
+from fewbits.steps.reconstruct.device import cheap_norms, gathered, rows
 from fewbits.steps.reconstruct.weights import Annealing, LearnedWeight, commit, soften, start_unit, with_penalty
 
 
@@ -55,7 +56,7 @@ class ReconstructUnit(Step):
         commit(unit, weights)
 
     def _learn(self, unit: UnitContext, weights: list[LearnedWeight]) -> None:
-        inputs, targets = unit.inputs(), unit.targets()
+        inputs, targets = gathered(unit, None)
         comparison = Comparison(unit)
         gradient = None
         if self.loss != "mse" and unit.unit.uses > 1:
@@ -63,24 +64,25 @@ class ReconstructUnit(Step):
         elif self.loss != "mse":
             for weight in weights:
                 unit.set_quantizer(weight.site, weight.quantizer)
-            gradient = fisher_weight(unit.output_gradients(), damping=self.fisher_damping)
+            gradient = fisher_weight(unit.output_gradients(), damping=self.fisher_damping).to(home(inputs, targets))
         soften(unit, weights)
 
-        def loss(step: int, index: Tensor) -> Tensor:
-            args, kwargs = inputs.rows(index)
+        def loss(index: Tensor) -> Tensor:
+            args, kwargs = rows(unit, inputs, index)
             output = comparison.values(unit.forward(args, kwargs))
-            target = comparison.values(targets.rows(index))
+            target = comparison.values(rows(unit, targets, index))
             if gradient is None:
                 return comparison.error(output, target)
-            g = gradient[index.to(gradient.device)]
+            g = rows(unit, gradient, index)
             if self.loss == "fisher_diag":
                 return fisher_diagonal_loss(output[0], target[0], g, channel_axis=comparison.axes[0])
             return fisher_full_loss(output[0], target[0], g)
 
-        optimise(
-            unit,
-            with_penalty(loss, self.annealing.over(weights, self.iterations)),
-            [Group([weight.rounding.alpha for weight in weights], self.lr)],
-            iterations=self.iterations,
-            sampler=without_replacement(inputs.count, min(self.batch, inputs.count), unit.generator("rounding")),
-        )
+        with cheap_norms(unit):
+            optimise(
+                unit,
+                with_penalty(loss, self.annealing.over(weights, self.iterations), home(inputs, targets, gradient)),
+                [Group([weight.rounding.alpha for weight in weights], self.lr)],
+                iterations=self.iterations,
+                sampler=without_replacement(inputs.count, min(self.batch, inputs.count), unit.generator("rounding")),
+            )

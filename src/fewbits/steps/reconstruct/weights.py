@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from fewbits.engine.context import UnitContext
@@ -13,7 +14,7 @@ from fewbits.formats import ChannelBits, Uniform
 from fewbits.graph.types import Site
 from fewbits.quantizer import Quantizer
 from fewbits.recipe import QSpec
-from fewbits.reconstruction.loop import LossFunction
+from fewbits.reconstruction.steps import Number, Steady
 from fewbits.rounding.adaround import LearnedRounding, RoundingRegulariser
 from fewbits.steps.nearest import fitted, round_nearest
 
@@ -108,12 +109,20 @@ def commit(unit: UnitContext, weights: Iterable[LearnedWeight]) -> None:
         unit.quantize_weight(weight.site, weight.rounding.codes(), weight.quantizer.params)
 
 
-def with_penalty(loss: LossFunction, penalty: RoundingRegulariser) -> LossFunction:
-    """A data loss (step, sample indices) plus the regulariser of that step."""
+def with_penalty(
+    loss: Callable[[Tensor], Tensor],
+    penalty: RoundingRegulariser,
+    samples: torch.device,
+    generators: Sequence[torch.Generator] = (),
+) -> Steady:
+    """A data loss of sample indices, given on the device `samples`, plus the regulariser of the step.
 
-    def total(step: int, index: Tensor) -> Tensor:
-        extra = penalty(step)
-        data = loss(step, index)
+    generators: those on a GPU that the loss draws from.
+    """
+
+    def total(index: Tensor, exponent: Number) -> Tensor:
+        extra = penalty.at(exponent)
+        data = loss(index)
         return data if extra is None else data + extra
 
-    return total
+    return Steady(total, penalty.course(), generators, samples)
