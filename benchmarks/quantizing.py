@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="divides all widths")
     parser.add_argument("--sequences", type=int, default=SEQUENCES)
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a forward")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a forward")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--iterations", type=int, default=20_000)
     options = parser.parse_args()

@@ -61,9 +61,7 @@ def main() -> None:
         assert "prmt" in compiled(triton_vector.table_kernel, POINTERS, table, 4).asm["ptx"]
         for levels in (False, True):
             step = {"BITS": bits, "TABLE": levels, "BFLOAT": bits == 3, "GROUP": 1, "UNROLL": 2, "EMULATED": False}
-            made = compiled(
-                triton_fragments.fragment_kernel, POINTERS, {**step, "WARPS": 8, "AHEAD": True}, 8
-            )
+            made = compiled(triton_fragments.fragment_kernel, POINTERS, {**step, "WARPS": 8, "AHEAD": True}, 8)
             assert count(made, "HMMA") == 8, "a step of 128 inputs is eight products of matrices"
             loop = made.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
             assert "convert_layout" not in loop, "an operand is not in the lane that decodes it"

@@ -357,3 +357,58 @@ def test_weights_on_one_input_are_solved_as_one_with_the_same_codes(
     for name, codes in alone.codes.items():
         assert float((stacked.codes[name] != codes).float().mean()) < 0.01, name  # products of other sizes round apart
         assert stacked.decoded(name).shape == alone.decoded(name).shape
+
+
+def test_the_last_unit_is_not_run_for_outputs_nobody_reads() -> None:
+    model, calls = encoder(), []
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    quantize(model, build_recipe("gptq", "W3A16"), tokens(12))
+    assert len(calls) == 1, "the recorded forward alone: the head stays floating point"
+
+
+def test_forecast_leaves_out_what_is_not_kept() -> None:
+    model = encoder(vocabulary=5000)  # logits far larger than anything else
+    run = _run(model, build_recipe("gptq", "W3A16"), tokens(64, vocabulary=5000))
+    logits = 64 * 6 * 5000 * 4
+    assert run.forecast.activations < logits / 10 and run.forecast.unit < logits
+    run.close()
+
+
+def test_layers_on_one_input_are_counted_with_one_hessian() -> None:
+    run = _run(encoder(), build_recipe("gptq", "W3A16"), tokens(4))
+    step = next(step for step in run.recipe.steps if isinstance(step, ColumnSolver))
+    found = step.statistics_bytes(run.graph, run.units[0])
+    assert found == 4 * (3 * 16**2 + 32**2), "queries, keys and values share one; the others have one each"
+    run.close()
+
+
+def test_scales_are_judged_on_no_more_tokens_than_asked() -> None:
+    def judged(count: int) -> tuple[int, dict[str, torch.Tensor]]:
+        model, calls = encoder(), []
+        model.blocks[0].up.register_forward_hook(lambda *_: calls.append(1))
+        recipe = build_recipe("awq", "W3A16g8", {"ratios": 2, "clip": False, "search_tokens": count})
+        quantize(model, recipe, tokens(32))
+        return len(calls), {name: value.clone() for name, value in model.named_parameters()}
+
+    (all_calls, whole), (same_calls, same), (fewer, _) = judged(10**6), judged(32 * 6), judged(32 * 6 // 4)
+    assert all_calls == same_calls > fewer
+    assert all(torch.equal(value, same[name]) for name, value in whole.items())
+
+
+def test_stored_trees_come_in_the_order_asked_and_may_be_dropped_on_the_way() -> None:
+    from fewbits.engine.store import ActivationStore
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for budget in (Budget(), Budget(device=0), Budget(device=0, host=0)):
+        store = ActivationStore(budget, device)
+        for number in range(5):
+            store.put(("x", number), {"a": torch.full((3,), float(number), device=device), "b": None})
+        order = [("x", number) for number in (3, 1, 4)]
+        found = []
+        for key, tree in zip(order, store.walk(order), strict=True):
+            assert tree["a"].device.type == device.type and tree["b"] is None
+            found.append(tree["a"][0].item())
+            store.put(("y", key[1]), tree)
+            store.drop(key)
+        assert found == [3, 1, 4] and [store.get(("y", n))["a"][0].item() for n in (3, 1, 4)] == found
+        store.close()

@@ -157,3 +157,20 @@ def test_a_transformers_model_is_streamed_to_the_bits_of_one_in_memory(tmp_path:
         ours, theirs = load_file(tmp_path / "work" / name), load_file(tmp_path / "here" / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), name
+
+
+def test_units_written_behind_the_work_are_there_in_order_and_errors_are_told(tmp_path: Path) -> None:
+    from fewbits.engine.commits import Commits
+
+    described = {"quantizers": {}, "codes": {}, "alias": {}, "coded": {}, "version": 1}
+    commits = Commits(tmp_path / "work", {"seed": 0}, resume=False, behind=True)
+    for index in range(3):
+        commits.write(0, index, {"tensor/x": torch.full((2,), float(index))}, described)
+    held, _ = commits.read(0, 2)
+    assert [commits.has(0, index) for index in range(4)] == [True, True, True, False]
+    assert held["tensor/x"].tolist() == [2, 2]
+    commits.folder = tmp_path / "work" / "run.json"  # a file: nothing can be written below it
+    commits.write(0, 3, {"tensor/x": torch.ones(2)}, described)
+    with pytest.raises(OSError):
+        commits.flush()
+    commits.close()

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fewbits
 from engine_models import encoder, images, skipnet, tokens
 from fewbits import quantize
+from fewbits.engine.progress import Progress
+from fewbits.engine.source import Streamed
+from fewbits.formats import gptq_grid
 from fewbits.packed.modules import Packed
+from fewbits.ranges import MinMax
+from fewbits.rounding import HessianAccumulator, gptq
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -49,6 +57,77 @@ def test_same_bits_twice_on_one_gpu() -> None:
         quantize(model, "brecq", images(8), bits="W3A4", options={"iters_w": 10, "iters_a": 5}, device="cuda")
         found.append({name: value.cpu() for name, value in model.state_dict().items()})
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize(("recipe", "bits"), [("gptq", "W4A16g32"), ("awq", "W4A16g32")])
+def test_streamed_weights_and_activations_in_host_memory_give_the_same_bits_resumed_or_not(
+    recipe: str, bits: str, tmp_path: Path
+) -> None:
+    whole = encoder(width=64)
+    files = tmp_path / "files"
+    files.mkdir()
+    save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, files / "model.safetensors")
+
+    class Stopped(Exception):
+        pass
+
+    class Stop(Progress):
+        left = 2
+
+        def advance(self) -> None:
+            self.left -= 1
+            if not self.left:
+                raise Stopped
+
+    def run(work: Path, progress: Progress | None = None, resume: bool = False) -> dict[str, torch.Tensor]:
+        with torch.device("meta"):
+            model = encoder(width=64)
+        quantize(
+            model, recipe, tokens(16), bits=bits, device="cuda", source=Streamed(files), work_dir=work, resume=resume,
+            progress=progress,
+        )  # fmt: skip
+        found = {}
+        for path in sorted(work.glob("sweep*.safetensors")):
+            found |= {f"{path.name}/{key}": value for key, value in load_file(path).items()}
+        return found
+
+    first, again = run(tmp_path / "a"), run(tmp_path / "b")
+    with pytest.raises(Stopped):
+        run(tmp_path / "c", Stop())
+    assert 0 < len(list((tmp_path / "c").glob("sweep*.safetensors"))) < len(list((tmp_path / "a").glob("sweep*")))
+    resumed = run(tmp_path / "c", resume=True)
+    for other in (again, resumed):
+        assert first.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-5), (torch.float16, 2e-5), (torch.float32, 5e-5)])
+def test_hessians_from_tensor_cores_are_exact_but_for_the_sum(dtype: torch.dtype, bound: float) -> None:
+    columns = 2500  # more than one panel
+    loud = torch.randn(columns, device="cuda").exp()
+    accumulator = HessianAccumulator(columns, device="cuda")
+    expected = torch.zeros(columns, columns, dtype=torch.float64, device="cuda")
+    for _ in range(3):
+        x = (torch.randn(2, 300, columns, device="cuda") * loud).to(dtype)
+        accumulator.add(x)
+        rows = x.double().flatten(0, 1)
+        expected += 2 * rows.T @ rows / 6
+    found = accumulator.value.double()
+    assert torch.equal(found, found.T)
+    size = expected.diagonal().sqrt()
+    assert float(((found - expected).abs() / size[:, None] / size).max()) < bound
+
+
+def test_a_large_factor_is_found_in_place_and_the_solve_repeats_bit_for_bit() -> None:
+    columns = 3000
+    x = torch.randn(4000, columns, device="cuda") * torch.randn(columns, device="cuda").exp()
+    hessian, weight = x.T @ x / 2000, torch.randn(64, columns, device="cuda")
+    exact = gptq(weight, hessian.double(), gptq_grid(4), MinMax(), group_size=128, dtype=torch.float64)
+    before = hessian.clone()
+    first, second = (gptq(weight, hessian, gptq_grid(4), MinMax(), group_size=128) for _ in range(2))
+    assert torch.equal(first.codes, second.codes) and torch.equal(first.weight, second.weight)
+    assert float((first.codes != exact.codes).float().mean()) < 1e-2
+    assert abs(float(first.loss / exact.loss) - 1) < 1e-3
+    assert torch.equal(hessian, before), "not spent unless it is said"
 
 
 PACKED = {

@@ -211,6 +211,7 @@ class _Between(Step):
     part: ClassVar[str] = "transform"
     stage: ClassVar[int] = 13
     streams: ClassVar[frozenset[str]] = frozenset({"float"})
+    gradients: ClassVar[bool] = True  # such steps compare with the outputs of the last unit too
 
     def apply(self, unit: UnitContext) -> None:
         self.call(unit)

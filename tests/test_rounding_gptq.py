@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -232,6 +234,27 @@ def test_inverse_factor() -> None:
     assert torch.equal(u, u.triu())
     damped = hessian.double() + used * hessian.double().diagonal().mean() * torch.eye(40)
     torch.testing.assert_close(u[0].T @ u[0], torch.linalg.inv(damped))
+
+
+@pytest.mark.parametrize("block", [8, 16, 24, 39, 64])
+def test_a_factor_found_block_by_block_in_place_is_the_same(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    solver = importlib.import_module("fewbits.rounding.gptq")
+    monkeypatch.setattr(solver, "_BLOCK", block)
+    _, hessian = problem()
+    expected, _ = inverse_factor(hessian.double()[None].clone(), 0.01)
+    worked_in = hessian.double()
+    used = solver._factorise_in_place(worked_in, 0.01)
+    assert used == 0.01 and torch.equal(worked_in, worked_in.triu())
+    torch.testing.assert_close(worked_in, expected[0])
+    # An attempt that fails starts anew from what it left of H.
+    indefinite = hessian.double() - 1.5 * torch.linalg.eigvalsh(hessian.double())[0] * torch.eye(40)
+    indefinite[5, 5] = -0.02 * indefinite.diagonal().mean()
+    expected, damped = inverse_factor(indefinite[None].clone(), 0.01)
+    again = indefinite.clone()
+    assert solver._factorise_in_place(again, 0.01) == damped[0] > 0.01
+    torch.testing.assert_close(again, expected[0])
+    with pytest.raises(FewbitsError, match="damping"):
+        solver._factorise_in_place(-hessian.double(), 0.01)
 
 
 def test_a_batch_solves_each_matrix_as_alone() -> None:

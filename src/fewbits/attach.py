@@ -159,6 +159,15 @@ class Attachment(Tracer):
             for held in (self.codes, self.group_index, self.parts):
                 held.pop(site, None)
 
+    def move(self, sites: Iterable[str], device: torch.device, quantizers: bool) -> None:
+        """Bring committed codes, and with `quantizers` these too, to a device."""
+        for site in sites:
+            if site in self.codes:
+                self.codes[site] = self.codes[site].to(device)
+            held = self.quantizer(site) if quantizers else None
+            if held is not None:
+                held.to(device)
+
     def thaw(self, site: str) -> None:
         """Say that the parameter does not hold the quantized values.
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,16 @@ from fewbits.errors import FewbitsError
 
 
 class Commits:
-    """Finished units on disk. A file appears whole or not at all, so a killed run leaves only finished units."""
+    """Finished units on disk. A file appears whole or not at all, so a killed run leaves only finished units.
 
-    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool) -> None:
+    With `behind` a unit is written while the next one is at work, its tensors being copies that nobody changes: in
+    order, one at a time, an error told at the next call or by `flush`.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool, behind: bool = False) -> None:
         self.folder = folder
+        self._writer = ThreadPoolExecutor(1, "fewbits-commits") if behind else None
+        self._writing: Future[None] | None = None
         state = folder / "run.json"
         text = json.dumps(identity, sort_keys=True, indent=1)
         if resume and state.is_file():
@@ -53,9 +60,25 @@ class Commits:
         return self.path(sweep, index).is_file()
 
     def write(self, sweep: int, index: int, held: dict[str, Tensor], described: dict[str, Any]) -> None:
-        snapshot.write(self.path(sweep, index), held, described)
+        self.flush()
+        if self._writer is None:
+            snapshot.write(self.path(sweep, index), held, described)
+        else:
+            self._writing = self._writer.submit(snapshot.write, self.path(sweep, index), held, described)
+
+    def flush(self) -> None:
+        """Return when every unit is on disk. Raises what a write raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Let a write that has begun end, whatever becomes of it."""
+        if self._writer is not None:
+            self._writer.shutdown()
 
     def read(self, sweep: int, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self.flush()
         return snapshot.read(self.path(sweep, index))
 
     def remember(self, name: str, held: dict[str, Tensor]) -> None:

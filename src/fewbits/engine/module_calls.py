@@ -30,8 +30,7 @@ class ModuleCalls:
         return self._count
 
     def __iter__(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Tree]]:
-        for number in range(self._count):
-            args, kwargs, output = self._unit.run.store.get(("module", self.path, number))
+        for args, kwargs, output in self._unit.run.store.walk([("module", self.path, n) for n in range(self._count)]):
             if self._unit.writes_in_place:
                 args, kwargs = map_tensors(torch.clone, (args, kwargs))
             yield args, kwargs, output
@@ -39,19 +38,24 @@ class ModuleCalls:
     @torch.no_grad()
     def squared_error(self) -> float:
         """Mean squared difference between the module's first output as it is now and as it was recorded."""
-        total, elements = 0.0, 0
+        # Summed where the outputs are: the host does not wait for every call.
+        total, elements = torch.zeros((), dtype=torch.float64, device=self._unit.device), 0
         for args, kwargs, output in self:
             difference = first_output(self.module(*args, **kwargs)).float() - first_output(output).float()
-            total += float(difference.double().square().sum())
+            if difference.is_cuda:  # which adds up in pairs; without a copy in float64
+                total += torch.linalg.vector_norm(difference).double().square()
+            else:
+                total += difference.double().square().sum()
             elements += difference.numel()
-        return total / max(elements, 1)
+        return float(total) / max(elements, 1)
 
 
 @contextmanager
-def module_calls(unit: UnitContext, path: str, stream: str) -> Iterator[ModuleCalls]:
+def module_calls(unit: UnitContext, path: str, stream: str, every: int = 1) -> Iterator[ModuleCalls]:
     """The calls of a module of the unit while the unit runs in floating point on a stream's cached inputs.
 
-    They lie in the run's activation store, under its budget, while the context lasts, in which no quantizer acts.
+    Of the cached inputs the first, and every so many-th after it, are run. The calls lie in the run's activation store,
+    under its budget, while the context lasts, in which no quantizer acts.
     """
     module, store = unit.model.get_submodule(path), unit.run.store
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -73,7 +77,7 @@ def module_calls(unit: UnitContext, path: str, stream: str) -> Iterator[ModuleCa
                 module.register_forward_hook(ends, with_kwargs=True),
             ]
             try:
-                for _, args, kwargs in unit.batches(stream):
+                for _, args, kwargs in unit.batches(stream, every):
                     unit.forward(args, kwargs)
             finally:
                 for handle in handles:

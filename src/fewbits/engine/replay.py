@@ -8,8 +8,10 @@ capture refuses it.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ class Replay:
         self.store = store
         self.order = {unit.name: index for index, unit in enumerate(units)}
         self.last_reader = _last_readers(graph, units)
+        self.passing = _passing(graph, units)
         owned = {index for unit in units for index in unit.calls}
         # Glue that writes in place would change cached outputs: it gets copies.
         self.copies = any(call.inplace and call.index not in owned for call in graph.calls)
@@ -84,8 +87,9 @@ class Replay:
         try:
             with torch.no_grad(), self._patched(intercept):
                 self.model(*args, **kwargs)
-        except _Reached:
-            pass
+        except _Reached as reached:
+            # Frames of the forward refer to each other, and would hold weights and activations for a while.
+            traceback.clear_frames(reached.__traceback__)
         finally:
             self.attachment.skipped = set()
         if target is None:
@@ -192,3 +196,17 @@ def _last_readers(graph: Graph, units: list[Unit]) -> dict[str, int]:
             if needed in last:
                 last[needed] = max(last[needed], position)
     return last
+
+
+def _passing(graph: Graph, units: list[Unit]) -> set[str]:
+    """Units that get nothing but what the unit before got or put out, untouched on the way."""
+    if any(call.inplace for call in graph.calls):
+        return set()
+    found: set[str] = set()
+    for before, unit in pairwise(units):
+        given, taken = ([note for note in graph.module_io if note.path == one.name] for one in (before, unit))
+        if len(given) != 1 or len(taken) != 1 or any(n.objects_in or n.objects_out for n in (*given, *taken)):
+            continue
+        if {*taken[0].inputs} <= {*given[0].inputs, *given[0].outputs}:
+            found.add(unit.name)
+    return found

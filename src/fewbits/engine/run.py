@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import gc
 import resource
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from fewbits.attach import Attachment
 from fewbits.engine import snapshot
@@ -28,7 +28,7 @@ from fewbits.engine.progress import Progress
 from fewbits.engine.replay import Replay
 from fewbits.engine.source import InMemory, Source, Streamed, names_in, names_outside
 from fewbits.engine.store import ActivationStore, Budget
-from fewbits.engine.tree import Batch, as_call, batch_size, map_tensors, share, to
+from fewbits.engine.tree import Batch, as_call, batch_size, map_tensors, same, share, to
 from fewbits.errors import FewbitsError
 from fewbits.graph import record
 from fewbits.graph.moments import Moments, NormStatistics
@@ -175,9 +175,10 @@ class Run:
             )
         with without_cache(model):
             self.graph = self._record()
+        self._glue_at: dict[int, list[Site]] | None = None
         self.units = find_units(self.graph, units) if units is not None else self.graph.units
         budget = budget or Budget()
-        self.store = ActivationStore(budget, device)
+        self.store = ActivationStore(budget, device, self.streamed)
         self.source: Source
         if source is not None:
             source.open(model, self.units, device)
@@ -187,12 +188,15 @@ class Run:
         known = {call.key for call in self.graph.calls if call.key is not None}
         self.attachment = Attachment(model, self.graph.sites, known)
         self.replay = Replay(model, self.attachment, self.graph, self.units, self.store)
+        unread = self.units[-1] if self.units and not self._read(len(self.units) - 1) else None
         self.forecast = forecast(
             self.graph, self.units, recipe, {n: p.numel() * p.element_size() for n, p in model.named_parameters()},
-            sum(self.sizes), batch_size(self.example), max(self.sizes, default=1), self.streamed, budget,
-            (self.store.device_limit, self.store.host_limit),
+            sum(self.sizes), batch_size(self.example), max(self.sizes, default=1), self.streamed, device,
+            (self.store.device_limit, self.store.host_limit), unread,
         )  # fmt: skip
-        self.commits = Commits(Path(work_dir), self.identity(), resume) if work_dir is not None else None
+        # What a GPU holds is copied to be written, so that it can be written while the next unit is at work.
+        behind = device.type == "cuda"
+        self.commits = Commits(Path(work_dir), self.identity(), resume, behind) if work_dir is not None else None
         self._uses: dict[tuple[str, int], int] = {}
         self._float_rewrites: set[Any] = set()
         self.float_logits: list[Tensor] | None = None
@@ -242,6 +246,8 @@ class Run:
                         self.float_logits = [self._logits(batch) for batch in self.batches]
                 for number, steps in enumerate(sweeps):
                     self.sweep(number, steps, later=sweeps[number + 1 :])
+                if self.commits is not None:
+                    self.commits.flush()
         finally:
             self.progress.stop()
         self._check_complete()
@@ -292,7 +298,11 @@ class Run:
             self.attachment.set_activations(True)
             if number == 0 and float_later:
                 self.source.remember(unit)
-            if "float" in streams:
+            if index + 1 < len(self.units):
+                self.source.expect(self.units[index + 1])
+            # Steps that learn compare with the unit's float outputs.
+            read = self._read(index)
+            if "float" in streams and (read or (not done[index] and any(step.gradients for step in steps))):
                 with self._float_weights(unit, number), self.attachment.disabled():
                     self._outputs("float", unit)
             if done[index]:
@@ -303,21 +313,23 @@ class Run:
                         step.apply(UnitContext(self, unit, number))
                 if self.commits is not None:
                     self.commits.write(number, index, *self._snapshot(index))
-            if "quantized" in streams:
+            if "quantized" in streams and read:
                 self.attachment.set_activations(activations)
                 self._outputs("quantized", unit)
                 self.attachment.set_activations(True)
             for stream in streams:
-                self.store.drop_where("input", stream)
+                self.store.rename(("input", stream), ("before", stream))
                 self.replay.release(stream, unit)
             if self.streamed:
                 self.attachment.forget_codes(site.name for site in self.graph.sites_of(unit))
+            # Of streamed weights not even the grids are to fill the device, unit after unit.
+            names = [site.name for site in self.graph.sites_of(unit)]
+            self.attachment.move(names, torch.device("cpu"), quantizers=self.streamed)
             self.source.let_go(unit)
-            if self.streamed:
-                gc.collect()  # the frames of captured forwards refer to each other and would hold weights for a while
             self.progress.advance()
         self._glue(len(self.units), steps, prefix)
         for stream in streams:
+            self.store.drop_where("before", stream)
             self.replay.forget(stream)
 
     # -- streams -----------------------------------------------------------------------------------------------------
@@ -327,15 +339,17 @@ class Run:
 
     def glue_sites(self, index: int) -> list[Site]:
         """Activation sites of the scheme in no unit that run between the starts of unit `index - 1` and `index`."""
-        starts = [min(unit.calls) for unit in self.units]
-        return [
-            site
-            for site in self.graph.sites.values()
-            if site.role != "weight"
-            and not any(unit.contains(site.module) for unit in self.units)
-            and sum(start < site.call for start in starts) == index
-            and self.spec(site) is not None
-        ]
+        if self._glue_at is None:
+            self._glue_at = {}
+            starts = [min(unit.calls) for unit in self.units]
+            for site in self.graph.sites.values():
+                if site.role != "weight" and not any(unit.contains(site.module) for unit in self.units):
+                    self._glue_at.setdefault(sum(start < site.call for start in starts), []).append(site)
+        return [site for site in self._glue_at.get(index, ()) if self.spec(site) is not None]
+
+    def _read(self, index: int) -> bool:
+        """Whether anything after the unit reads its outputs: the last one is followed by glue alone."""
+        return index + 1 < len(self.units) or bool(self.glue_sites(len(self.units)))
 
     def _glue(self, index: int, steps: list[Step], stream: str) -> None:
         """Let the steps see to the activation sites in front of unit `index`."""
@@ -353,14 +367,63 @@ class Run:
             self.replay.capture(stream, target, to(batch, self.device), number)
 
     def _capture(self, stream: str, unit: Unit) -> None:
+        """Cache what the unit is called with on every batch."""
         first: dict[int, Any] = {}
+        route: list[tuple[bool, int] | None] | None = None
         for number, batch in enumerate(self.batches):
+            if route is not None and self._carry(stream, unit, number, route):
+                self._uses[(unit.name, number)] = 1
+                continue
             with self.attachment.disabled() if stream == "float" else nullcontext():
                 calls = self.replay.capture(stream, unit, to(batch, self.device), number)
             self._uses[(unit.name, number)] = len(calls)
             for use, call in enumerate(calls):
                 call = share(call, first.setdefault(use, call))
                 self.store.put(("input", stream, number, use), call)
+            if number == 0:
+                route = self._route(stream, unit)
+        self.store.drop_where("before", stream)
+
+    def _neighbours(self, stream: str, unit: Unit, number: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Where the inputs and the outputs of the unit before lie, for a batch."""
+        position = self.replay.order[unit.name]
+        return ("before", stream, number, 0), (stream, self.units[position - 1].name, number, 0)
+
+    def _route(self, stream: str, unit: Unit) -> list[tuple[bool, int] | None] | None:
+        """How the inputs of the unit are put together from those of the unit before and its outputs.
+
+        For each leaf, whether it is an output and its place there; None for what is no tensor. The recorded data flow
+        says that nothing else goes in; which is which, the first batch tells, which went through the model's forward.
+        None where the inputs must be captured.
+        """
+        if unit.name not in self.replay.passing or self._uses[(unit.name, 0)] != 1:
+            return None
+        keys = self._neighbours(stream, unit, 0)
+        if any(key not in self.store for key in keys):
+            return None
+        wanted, given, made = (tree_leaves(self.store.get(key)) for key in (("input", stream, 0, 0), *keys))
+        route: list[tuple[bool, int] | None] = []
+        for place, leaf in enumerate(wanted):
+            if not isinstance(leaf, Tensor):
+                route.append(None)
+                continue
+            if place < len(given) and same(leaf, given[place]):
+                route.append((False, place))
+                continue
+            found = next((number for number, output in enumerate(made) if same(leaf, output)), None)
+            if found is None:
+                return None
+            route.append((True, found))
+        return route
+
+    def _carry(self, stream: str, unit: Unit, number: int, route: list[tuple[bool, int] | None]) -> bool:
+        """Put the unit's inputs on a batch together, where the unit before was called as on the first batch but for the
+        values of its tensors; whether that was so."""
+        keys, first = self._neighbours(stream, unit, number), self._neighbours(stream, unit, 0)
+        if any(key not in self.store for key in keys) or not all(map(self.store.alike, keys, first)):
+            return False
+        sources = [None if source is None else (keys[source[0]], source[1]) for source in route]
+        return self.store.compose(("input", stream, number, 0), ("input", stream, 0, 0), sources)
 
     def _outputs(self, stream: str, unit: Unit) -> None:
         """Run the unit on its cached inputs and keep what it returns."""
@@ -505,6 +568,9 @@ class Run:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def close(self) -> None:
+        if self.commits is not None:
+            self.commits.close()
+        self.source.close()
         self.store.close()
 
 

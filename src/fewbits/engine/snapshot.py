@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewbits.attach import Attachment
+from fewbits.engine.tree import to_host
 from fewbits.errors import FewbitsError
 from fewbits.formats import Params, expand_params
 from fewbits.graph import operands
@@ -56,9 +57,10 @@ def take(
             tensors[f"quantizer/{site.name}/{name}"] = value.detach().cpu().contiguous()
         if site.name not in attachment.codes:
             continue
-        codes = attachment.codes[site.name].cpu()
+        codes = attachment.codes[site.name]
         index = attachment.group_index.get(site.name)
-        tensors[f"codes/{site.name}"] = quantizer.spec.format.pack(codes, _laid_out(quantizer, index, codes.shape))
+        packed = quantizer.spec.format.pack(codes, _laid_out(quantizer, index, codes.shape, codes.device))
+        tensors[f"codes/{site.name}"] = to_host(packed)
         described["codes"][site.name] = {"shape": list(codes.shape), "frozen": site.name in attachment.frozen}
         if index is not None:
             tensors[f"group_index/{site.name}"] = index.cpu().to(torch.int32)
@@ -84,7 +86,7 @@ def take(
         if known != name:
             described["alias"][name] = known
             continue
-        out = value.cpu().contiguous()
+        out = to_host(value).contiguous()
         if out.untyped_storage().data_ptr() in stored:
             out = out.clone()  # overlapping parts of one memory cannot stand in one file
         stored.add(out.untyped_storage().data_ptr())
@@ -189,7 +191,8 @@ def _put_codes(
             )
         index = index.long()
         attachment.group_index[site.name] = index
-    codes = fmt.unpack(tensors[f"codes/{site.name}"], _laid_out(quantizer, index, shape), shape)
+    packed = tensors[f"codes/{site.name}"]
+    codes = fmt.unpack(packed, _laid_out(quantizer, index, shape, packed.device), shape)
     if codes.numel() and not fmt.code_min <= int(codes.min()) <= int(codes.max()) <= fmt.code_max:
         raise FewbitsError(f"the stored codes of {site.name} are not those of {fmt.kind} with {fmt.bits} bits")
     attachment.codes[site.name] = codes
@@ -214,13 +217,13 @@ def _put_codes(
         attachment.thaw(site.name)
 
 
-def _laid_out(quantizer: Quantizer, index: Tensor | None, shape: Sequence[int]) -> Params:
-    """A quantizer's parameters on the CPU so that they broadcast against the codes of its weight."""
+def _laid_out(quantizer: Quantizer, index: Tensor | None, shape: Sequence[int], device: torch.device) -> Params:
+    """A quantizer's parameters on a device so that they broadcast against the codes of its weight."""
     fmt = quantizer.spec.format
-    params = {name: value.detach().cpu() for name, value in quantizer.params.items()}
+    params = {name: value.detach().to(device) for name, value in quantizer.params.items()}
     if index is None:
         return expand_params(fmt, quantizer.spec.granularity, params, shape)
-    return spread_columns(fmt, params, index.cpu(), shape)
+    return spread_columns(fmt, params, index.to(device), shape)
 
 
 def assign(model: nn.Module, name: str, value: Tensor) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -44,6 +47,12 @@ class Source(ABC):
     def let_go(self, unit: Unit) -> None:
         """The unit is not needed for now."""
 
+    def expect(self, unit: Unit) -> None:  # noqa: B027 (a hint, which a source may ignore)
+        """The unit will be brought in next: its weights may be read meanwhile."""
+
+    def close(self) -> None:  # noqa: B027
+        """Nothing is needed any more."""
+
     @abstractmethod
     def remember(self, unit: Unit) -> None:
         """Keep the unit's float values for `recall`, before anything changes them."""
@@ -80,7 +89,8 @@ class InMemory(Source):
 class Streamed(Source):
     """A model on the meta device whose weights lie in safetensors files under the model's own parameter names.
 
-    Parameters outside the units are loaded once; a unit's only while it is processed. Raises `FewbitsError` for a
+    Parameters outside the units are loaded once; a unit's only while it is processed, on a GPU read from the files
+    while the unit before is at work. Raises `FewbitsError` for a
     folder without safetensors files, a damaged file, or a parameter no file holds.
     """
 
@@ -98,6 +108,8 @@ class Streamed(Source):
                 raise FewbitsError(f"{path}: damaged or truncated ({error})") from error
         if not self.files:
             raise FewbitsError(f"{self.folder}: no safetensors files to stream weights from")
+        self._reader: ThreadPoolExecutor | None = None
+        self._read_ahead: tuple[list[str], Future[dict[str, Tensor]]] | None = None
 
     def open(self, model: nn.Module, units: list[Unit], device: torch.device) -> None:
         """Load everything outside the units and remember which places share a parameter."""
@@ -119,14 +131,32 @@ class Streamed(Source):
                 )
 
     def bring_in(self, unit: Unit) -> None:
-        self._load([name for name in names_in(self.model, unit) if operands.parameter(self.model, name).is_meta])
+        self._load(self._missing(unit))
+
+    def expect(self, unit: Unit) -> None:
+        if self.device.type == "cuda":
+            if self._reader is None:
+                self._reader = ThreadPoolExecutor(1, "fewbits-weights")
+            stored = list(self._wanted(self._missing(unit)).values())
+            self._read_ahead = stored, self._reader.submit(self._read_locked, stored)
+
+    def close(self) -> None:
+        self._read_ahead = None
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
+            self._reader = None
 
     def let_go(self, unit: Unit) -> None:
+        gone: list[weakref.ref[Tensor]] = []
         for name in names_in(self.model, unit):
             module, leaf = self._place(name)
             held = module._parameters.get(leaf)
             if held is not None and name not in self._kept:
                 module._parameters[leaf] = nn.Parameter(torch.empty_like(held, device="meta"), requires_grad=False)
+                gone.append(weakref.ref(held))
+        held = None
+        if any(reference() is not None for reference in gone):
+            gc.collect()  # something in a reference cycle, as a library's forward may leave one, still holds weights
 
     def remember(self, unit: Unit) -> None:
         pass
@@ -148,15 +178,29 @@ class Streamed(Source):
                     out[name] = value.to(self.dtype) if value.is_floating_point() else value
         return out
 
-    def _load(self, names: list[str]) -> None:
-        wanted: dict[str, str] = {}  # name -> name it is stored under
+    def _missing(self, unit: Unit) -> list[str]:
+        return [name for name in names_in(self.model, unit) if operands.parameter(self.model, name).is_meta]
+
+    def _wanted(self, names: list[str]) -> dict[str, str]:
+        """Those of the names that must be read, and what each is stored under."""
+        wanted: dict[str, str] = {}
         for name in names:
             twins = self._twins.get(name, [name])
             if operands.parameter(self.model, name).is_meta and not any(twin in wanted for twin in twins):
                 wanted[name] = next((twin for twin in twins if twin in self.files), name)
-        values = self.read(wanted.values())
+        return wanted
+
+    def _read_locked(self, names: list[str]) -> dict[str, Tensor]:
+        """As `read`, into page-locked memory."""
+        return {name: torch.empty_like(value, pin_memory=True).copy_(value) for name, value in self.read(names).items()}
+
+    def _load(self, names: list[str]) -> None:
+        wanted = self._wanted(names)
+        ahead, self._read_ahead = self._read_ahead, None
+        expected = ahead is not None and ahead[0] == list(wanted.values())
+        values = ahead[1].result() if ahead is not None and expected else self.read(wanted.values())
         for name, stored in wanted.items():
-            new = nn.Parameter(values[stored].to(self.device), requires_grad=False)
+            new = nn.Parameter(values[stored].to(self.device, non_blocking=expected), requires_grad=False)
             for twin in self._twins.get(name, [name]):
                 module, leaf = self._place(twin)
                 module._parameters[leaf] = new

@@ -247,10 +247,16 @@ class AbsMean(Statistic):
     def update(self, x: Tensor, samples: int) -> None:
         if not x.numel():
             return
-        rows = x.detach().float().abs().transpose(self.axis, -1).flatten(0, -2)
-        total = rows.double().sum(0)
+        rows = x.detach().abs().transpose(self.axis, -1).flatten(0, -2)
+        # A GPU adds up in pairs, for which float32 is enough, and would make a float64 copy of everything first.
+        total = rows.sum(0, dtype=torch.float32 if rows.is_cuda else torch.float64).double()
         self._sum = total if self._sum is None else self._sum + total
         self._count += len(rows)
+
+    @property
+    def rows(self) -> int:
+        """How many vectors of channels were seen (tokens, positions)."""
+        return self._count
 
     def value(self) -> Tensor:
         if self._sum is None:
@@ -367,11 +373,20 @@ class Hessian(Statistic):
 
     def __init__(self, site: Site, call: Call, device: torch.device) -> None:
         self.input = LayerInput(site, call)
-        self.accumulator = HessianAccumulator(self.input.columns, groups=self.input.groups, device=device)
+        self.device = device
+        self._accumulator: HessianAccumulator | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
         return ("hessian", *self.input.key)
+
+    @property
+    def accumulator(self) -> HessianAccumulator:
+        """Its memory is taken when it is first wanted: layers on one input share one."""
+        if self._accumulator is None:
+            columns, groups = self.input.columns, self.input.groups
+            self._accumulator = HessianAccumulator(columns, groups=groups, device=self.device)
+        return self._accumulator
 
     def update(self, x: Tensor, samples: int) -> None:
         self.accumulator.add(self.input.rows(x.detach()), samples=samples)

@@ -266,6 +266,7 @@ class _Recorder(Tracer):
                 frame.use if frame else 0,
                 bound,
                 inplace,
+                self.opening > 0,
             )
         )
         return output

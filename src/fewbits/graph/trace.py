@@ -116,6 +116,8 @@ class Tracer:
 
     #: Whether composites are opened so that the sites inside them are seen.
     opens_composites = True
+    #: How many composites are open around the call that runs now.
+    opening = 0
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
@@ -192,8 +194,12 @@ class Tracer:
         if op in decompose.RULES and self.opens(op):
             if decompose.can_open(op, args, kwargs):
                 opened = decompose.RULES[op]
-                with mode:
-                    return opened(*args, **kwargs)
+                self.opening += 1
+                try:
+                    with mode:
+                        return opened(*args, **kwargs)
+                finally:
+                    self.opening -= 1
             self.closed(op)
         key: CallKey | None = None
         stack = self.stack

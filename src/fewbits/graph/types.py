@@ -59,6 +59,7 @@ class Call:
     use: int = 0  # which call of that module within the forward (modules called several times)
     bound: dict[str, Any] = field(default_factory=dict)  # slot -> Ref or plain argument, known ops only
     inplace: bool = False
+    opened: bool = False  # part of a composite call (attention) that runs as one kernel where nothing inside is wanted
 
     def refs(self) -> Iterator[Ref]:
         """Every tensor argument, in flattening order."""

@@ -12,9 +12,11 @@ for them, are per-token (not part of the paper).
 
 Departs from the released code (`variant="released"` reproduces the first two): the grid of a group always contains zero
 (released: a group of one sign saturates, a constant one is lost); a channel that is silent on all calibration data
-keeps s = 1 (released: it is clamped at 1e-4 and drags the others). Fewer than 512 calibration tokens, any number of
-rows and a last short group are fine. Which layers share an input, and what can take the inverse, is read off the data
-flow: values to output projections are scaled for fused projections too, but, as released, not for grouped-query heads.
+keeps s = 1 (released: it is clamped at 1e-4 and drags the others). Scales are judged on about 65536 tokens, as many as
+the released code has (128 sequences of 512), on evenly drawn batches where more are given. Fewer than 512 calibration
+tokens, any number of rows and a last short group are fine. Which layers share an input, and what can take the inverse,
+is read off the data flow: values to output projections are scaled for fused projections too, but, as released, not for
+grouped-query heads.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ def recipe(
     group_size: int = 128,
     sym: bool = False,
     ratios: int = 20,
+    search_tokens: int = 65536,
     behind_activations: bool = True,
     clip: bool = True,
     clip_steps: int = 20,
@@ -53,7 +56,8 @@ def recipe(
     clip_tokens: int = 512,
     variant: Literal["paper", "released"] = "paper",
 ) -> Recipe:
-    """`group_size`: columns per grid where the bits name none (0: a whole row). `ratios`: exponents tried.
+    """`group_size`: columns per grid where the bits name none (0: a whole row). `ratios`: exponents tried, each judged
+    on about `search_tokens` tokens.
 
     `max_shrink`: the largest share of max|w| that may be clipped, in steps of 1/`clip_steps`, judged on `clip_tokens`
     rows. `behind_activations`: also scale behind GELU and the like, with a factor at run time.
@@ -64,7 +68,7 @@ def recipe(
         bits, grid(bits.weight or 8, sym=sym, released=released), MinMax(), without=HEAD,
         granularity=PerGroup(size, -1) if size else PerChannel(0),
     )  # fmt: skip
-    steps: list[Step] = [SearchScales(ratios, "clamp" if released else "keep", behind_activations)]
+    steps: list[Step] = [SearchScales(ratios, "clamp" if released else "keep", behind_activations, search_tokens)]
     if clip:
         steps.append(ClipOutputs(clip_steps, max_shrink, clip_tokens))
     return Recipe(

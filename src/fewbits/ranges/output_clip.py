@@ -14,6 +14,7 @@ from fewbits.formats import Format, PerChannel, quantize
 from fewbits.ranges.base import Range
 
 _ROWS = PerChannel(0)
+_ELEMENTS = 1 << 24  # of a weight that a GPU judges at once
 
 
 @torch.no_grad()
@@ -26,7 +27,7 @@ def output_clip(
     group_size: int | None = None,
     steps: int = 20,
     max_shrink: float = 0.5,
-    rows_at_once: int = 256,
+    rows_at_once: int | None = None,
 ) -> Tensor:
     """The magnitude m to clamp every (row, group) of a weight to, so that W.clamp(-m, m) may be quantized.
 
@@ -37,7 +38,8 @@ def output_clip(
 
     Candidates are m = (1 - i / steps) max|w| for i = 0, 1, ... below max_shrink * steps. The error of one is the mean
     over tokens of (x (q(clamp(w)) - w))^2, x and w cut to the group; the first of the smallest wins, so that no group
-    is ever clipped to its loss. Groups are judged one by one, as in the released code.
+    is ever clipped to its loss. Groups are judged one by one, as in the released code. `rows_at_once` only sets speed
+    and memory: 256, or on a GPU as many as fill it.
     Raises FewbitsError where shapes differ, no token is given, or an input or weight is not finite.
     """
     columns = weight.shape[-1]
@@ -54,6 +56,8 @@ def output_clip(
     if not bool(inputs.isfinite().all() & weight.isfinite().all()):
         raise FewbitsError("output clip: an input or weight is NaN or infinite; check the model in float32")
     size = columns if group_size is None else group_size
+    if rows_at_once is None:
+        rows_at_once = max(256, _ELEMENTS // columns) if weight.is_cuda else 256
     factors = [1 - step / steps for step in range(max(1, int(max_shrink * steps)))]
     full = columns // size * size
     pieces = [(0, full, size), (full, columns, columns - full)]  # whole groups, and a shorter last one

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format, Params, ParamSpec, PerChannel, PerTensor, Uniform
+from fewbits.rounding.hessian import panels
 from fewbits.rounding.precision import full_float32
 
 if TYPE_CHECKING:
@@ -67,11 +68,13 @@ def gptq(
     kept: Tensor | None = None,
     params: Params | None = None,
     dtype: torch.dtype = torch.float32,
+    spend: bool = False,
 ) -> Solution:
     """Quantize a weight matrix so that its output on the calibration inputs changes least.
 
     weight: [out, in], or [batch, out, in] to solve several matrices of one shape at once (groups of a convolution,
-        experts); any float dtype. hessian: [in, in] ([batch, in, in]), see `HessianAccumulator`. Neither is changed.
+        experts); any float dtype. hessian: [in, in] ([batch, in, in]), see `HessianAccumulator`. Neither is changed,
+        but that with `spend` H's memory may be worked in.
     fmt, range_: the grid and how it is fitted, per row or per row and group of `group_size` consecutive columns (a last
         shorter group is fine). `params` gives a fixed grid instead (a codebook, a shared scale): [out, 1], or
         [out, groups] with group_size ([batch, out, ...] for a batch), or one for the whole weight; wide parameters have
@@ -90,7 +93,7 @@ def gptq(
     Dead inputs (zero diagonal) get weight 0, unless kept, before groups are fitted; per-row grids are fitted before
     that, as published. Raises FewbitsError on wrong shapes, NaN or infinity, or an H no damping can repair.
     """
-    w, h = _checked(weight, hessian, dtype)
+    w, h = _checked(weight, hessian, dtype, spend)
     if group_size is not None and group_size < 1:
         raise FewbitsError(f"gptq: group_size={group_size}; give a number of columns, or None for one grid per row")
     if block_size < 1 or damping < 0:
@@ -121,9 +124,14 @@ def gptq(
         back = order.argsort(dim=-1)
         w = w.gather(2, order[:, None, :].expand_as(w))
         h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
+    # Columns are the unit of work: laid out as rows, each is one contiguous run over all output rows.
+    w = w.transpose(1, 2).contiguous()
     with full_float32(w.device):
         u, used = inverse_factor(h, damping)
-        q, codes, loss = _sweep(w, u, grid, order, block_size, stale_groups, columns - len(last))
+        del h
+        codes, loss = _sweep(w, u, grid, order, block_size, stale_groups, columns - len(last))
+        del u
+    q = w.transpose(1, 2).float().contiguous()
     group_index = grid.group_index(back, batch, w.device)
     if back is not None:
         index = back[:, None, :].expand(batch, out, columns)
@@ -162,8 +170,11 @@ def inverse_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
     H = R R^T with R upper triangular is an ordinary Cholesky factorisation of H with rows and columns reversed, and U
     is R^-1: the factor of the inverse without ever forming the inverse, which would lose half the digits.
-    Only the matrices that fail are retried, with ten times the damping each time.
+    Only the matrices that fail are retried, with ten times the damping each time. A large matrix on a GPU is factorised
+    block by block in its own memory: h is U then.
     """
+    if h.is_cuda and h.shape[-1] > _BLOCK:
+        return h, torch.stack([_factorise_in_place(one, damping) for one in h])
     batch, n, _ = h.shape
     diagonal = torch.diagonal(h, dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)
@@ -173,22 +184,87 @@ def inverse_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     todo = torch.arange(batch, device=h.device)
     for _ in range(ATTEMPTS):
         shifted = h[todo].flip(-1, -2) + (used[todo].to(h.dtype) * mean[todo])[:, None, None] * eye
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).flip(-1, -2)
+        inverse, info = _inverse_of_reversed(shifted, eye)
         good = (info == 0) & torch.isfinite(inverse).all(-1).all(-1)
         u[todo[good]] = inverse[good]
         todo = todo[~good]
         if not len(todo):
             return u, used
-        used[todo] = torch.clamp(used[todo] * ESCALATION, min=torch.finfo(h.dtype).eps * n)
-    raise FewbitsError(
+        used[todo] = _escalated(used[todo], h)
+    raise _unfactorisable(used)
+
+
+def _inverse_of_reversed(reversed_: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
+    """U [..., n, n] and the factorisation's error codes [...], from H with its rows and columns in reverse order."""
+    factor, info = torch.linalg.cholesky_ex(reversed_)
+    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).flip(-1, -2), info
+
+
+def _escalated(used: Tensor, h: Tensor) -> Tensor:
+    """The damping to try after these."""
+    return torch.clamp(used * ESCALATION, min=torch.finfo(h.dtype).eps * h.shape[-1])
+
+
+def _unfactorisable(used: Tensor) -> FewbitsError:
+    return FewbitsError(
         f"gptq: H cannot be factorised even with damping {used.max().item():.1e}; it is not a Gram matrix of "
         "finite inputs"
     )
 
 
-def _checked(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Private copies [batch, out, in] and [batch, in, in] in the solve's dtype."""
+_BLOCK = 2048  # columns that the library's own factorisation gets at once
+
+
+def _factorise_in_place(h: Tensor, damping: float) -> Tensor:
+    """Turn one large H [n, n] into U; returns the damping that made it possible, float64 [].
+
+    Blocks below the diagonal ones keep H until U is found, so that an attempt that fails can start anew.
+    """
+    parts = panels(len(h), _BLOCK)
+    blocks = [h[start:stop, start:stop].clone() for start, stop in parts]
+    mean = h.diagonal().mean()
+    used = torch.full((), damping, dtype=torch.float64, device=h.device)
+    for attempt in range(ATTEMPTS):
+        for (start, stop), block in zip(parts, blocks, strict=True):
+            h[start:stop, start:stop] = block
+            if attempt:
+                h[:start, start:stop] = h[start:stop, :start].T
+        h.diagonal().add_(used.to(h.dtype) * mean)
+        failed: list[Tensor] = []
+        _invert_blocks(h, failed)
+        if not bool(torch.stack(failed).any()):
+            for start, stop in parts:
+                h[start:stop, :start] = 0
+            return used
+        used = _escalated(used, h)
+    raise _unfactorisable(used)
+
+
+def _invert_blocks(h: Tensor, failed: list[Tensor]) -> None:
+    """On and above the diagonal blocks of h [n, n], put U in place of H; lower blocks are neither read nor written.
+
+    With H = [[A, B], [B^T, C]] and R = [[P, Q], [0, S]]: S S^T = C, Q = B S^-T, P P^T = A - Q Q^T, and
+    R^-1 = [[P^-1, -P^-1 Q S^-1], [0, S^-1]]. `failed` gets a flag for each diagonal block.
+    """
+    size = len(h)
+    if size <= _BLOCK:
+        inverse, info = _inverse_of_reversed(h.flip(-1, -2), torch.eye(size, dtype=h.dtype, device=h.device))
+        failed.append((info != 0) | ~torch.isfinite(inverse).all())
+        h.copy_(inverse)
+        return
+    split = (size // 2 + _BLOCK - 1) // _BLOCK * _BLOCK
+    head, tail, side = h[:split, :split], h[split:, split:], h[:split, split:]
+    _invert_blocks(tail, failed)
+    side.copy_(side @ tail.triu().T)  # lower blocks still hold H
+    for start, stop in panels(split, _BLOCK):
+        head[:stop, start:stop].addmm_(side[:stop], side[start:stop].T, alpha=-1)
+    _invert_blocks(head, failed)
+    product = (side @ tail.triu()).neg_()
+    torch.mm(head.triu(), product, out=side)
+
+
+def _checked(weight: Tensor, hessian: Tensor, dtype: torch.dtype, spend: bool) -> tuple[Tensor, Tensor]:
+    """Copies [batch, out, in] and [batch, in, in] in the solve's dtype, private but for an H that may be spent."""
     columns = weight.shape[-1] if weight.ndim else 0
     if weight.ndim not in (2, 3) or hessian.shape != (*weight.shape[:-2], columns, columns) or not weight.numel():
         raise FewbitsError(
@@ -196,9 +272,10 @@ def _checked(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> tuple[Tenso
             "expected [out, in] with [in, in], or [batch, out, in] with [batch, in, in], none of them empty"
         )
     w = weight.detach().to(dtype, copy=True)
-    h = hessian.detach().to(device=w.device, dtype=dtype, copy=True)
+    h = hessian.detach().to(device=w.device, dtype=dtype, copy=not spend)
     for name, value in (("weight", w), ("H", h)):
-        if not bool(value.isfinite().all()):
+        # The extremes of a tensor that holds NaN are NaN; finding them takes no memory of its size.
+        if not bool(torch.stack(torch.aminmax(value)).isfinite().all()):
             raise FewbitsError(
                 f"gptq: {name} holds NaN or infinity; check the model and the calibration data in float32"
             )
@@ -231,50 +308,40 @@ def _order(by: Tensor, free: Tensor, last: Tensor, batch: int, sort: bool) -> Te
 
 def _sweep(
     w: Tensor, u: Tensor, grid: _Grid, order: Tensor | None, block_size: int, stale: bool, stop_at: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Round the first `stop_at` columns of w [batch, out, in] in order; the others only take up error.
+) -> tuple[Tensor, Tensor]:
+    """Round the first `stop_at` columns of w [batch, in, out] in order, in place; the others only take up error.
 
-    Returns dequantized values and codes [batch, out, in] and the loss [batch].
+    Returns codes [batch, out, in] and the loss [batch].
     """
-    batch, out, columns = w.shape
-    # Columns are the unit of work: laid out as rows, each is one contiguous run over all output rows.
-    w = w.transpose(1, 2).contiguous()
-    rounded: list[Tensor] = []
-    codes: list[Tensor] = []
+    batch, columns, out = w.shape
+    codes = torch.zeros(w.shape, dtype=grid.fmt.code_dtype, device=w.device)
     loss = w.new_zeros(batch)
     fused = fuses(grid.fmt, w)
     for start in range(0, stop_at, block_size):
         end = min(start + block_size, stop_at)
         solve = _solve_block if fused and grid.known(start, end, stale) else _walk_block
-        values, found, errors = solve(w, u, grid, order, start, end, stale, stop_at)
-        rounded += values
-        codes += found
+        errors = solve(w, codes, u, grid, order, start, end, stale, stop_at)
         loss += errors.square().sum((1, 2)) / 2
         w[:, end:].baddbmm_(u[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
     if grid.table is None and not grid.grown:  # every column is kept
         grid.grow(w.new_zeros(batch, out, 1))
     for at in range(stop_at, columns):
-        column = w[:, at].reshape(-1, 1)
-        rounded.append(column)
-        codes.append(grid.fmt.encode(torch.zeros_like(column), grid.column(at, order, out)))
-    return torch.cat(rounded, 1).view(batch, out, columns), torch.cat(codes, 1).view(batch, out, columns), loss
-
-
-_Block = tuple[list[Tensor], list[Tensor], Tensor]
+        nothing = w.new_zeros(batch * out, 1)
+        codes[:, at] = grid.fmt.encode(nothing, grid.column(at, order, out)).view(batch, out)
+    return codes.transpose(1, 2).contiguous(), loss
 
 
 def _walk_block(
-    w: Tensor, u: Tensor, grid: _Grid, order: Tensor | None, start: int, end: int, stale: bool, stop_at: int
-) -> _Block:
+    w: Tensor, codes: Tensor, u: Tensor, grid: _Grid, order: Tensor | None, start: int, end: int, stale: bool,
+    stop_at: int,
+) -> Tensor:  # fmt: skip
     """Round columns start to end of w [batch, in, out], one after another, on any grid.
 
-    Returns values and codes [batch * out, 1] of each column and the errors [batch, columns, out] over the factor's
-    diagonal.
+    They and their codes are put in place. Returns the errors [batch, columns, out] over the factor's diagonal.
     """
     batch, _, out = w.shape
     block = w[:, start:end].clone()
-    errors = torch.empty_like(block)
-    rounded, codes = [], []
+    rounded, errors = torch.empty_like(block), torch.empty_like(block)
     for i in range(end - start):
         at = start + i
         if grid.starts_group(at):
@@ -293,36 +360,23 @@ def _walk_block(
         error = (column - q).view(batch, out) / u[:, at, at, None]
         block[:, i + 1 :].addcmul_(u[:, at, at + 1 : end, None], error[:, None, :], value=-1)
         errors[:, i] = error
-        rounded.append(q)
-        codes.append(code)
-    return rounded, codes, errors
+        rounded[:, i] = q.view(batch, out)
+        codes[:, at] = code.view(batch, out)
+    w[:, start:end] = rounded
+    return errors
 
 
 def _solve_block(
-    w: Tensor, u: Tensor, grid: _Grid, order: Tensor | None, start: int, end: int, stale: bool, stop_at: int
-) -> _Block:
+    w: Tensor, codes: Tensor, u: Tensor, grid: _Grid, order: Tensor | None, start: int, end: int, stale: bool,
+    stop_at: int,
+) -> Tensor:  # fmt: skip
     """As `_walk_block`, in one kernel, for uniform grids whose parameters do not wait for the block."""
     from fewbits.kernels.triton_gptq import solve_block
 
-    batch, _, out = w.shape
-    held: list[Params] = []
-    for at in range(start, end):
-        if grid.starts_group(at):
-            grid.grow(w[:, at : min(at + grid.width, stop_at)].transpose(1, 2))
-        same = held and not grid.starts_group(at) and (order is None and at % grid.width)
-        held.append(held[-1] if same else grid.column(at, order, out))
-    zero = torch.zeros((), device=w.device)
-    scale, shift = (
-        torch.stack([params.get(name, zero).expand(batch * out, 1).view(batch, out) for params in held], 1)
-        for name in ("scale", "zero_point")
-    )
+    scale, zero, which = grid.block(w, order, start, end, stop_at)
     fmt = grid.fmt
     assert isinstance(fmt, Uniform)
-    values, codes, errors = solve_block(
-        w[:, start:end].contiguous(), u[:, start:end, start:end], scale, shift, fmt.q_min, fmt.q_max
-    )
-    kinds = [item.transpose(0, 1).reshape(end - start, -1, 1) for item in (values, codes.to(fmt.code_dtype))]
-    return list(kinds[0]), list(kinds[1]), errors
+    return solve_block(w, codes, u[:, start:end, start:end], scale, zero, which, start, fmt.q_min, fmt.q_max)
 
 
 def fuses(fmt: Format, w: Tensor) -> bool:
@@ -399,6 +453,46 @@ class _Grid:
             else self._pick(value, at, order, out)
             for spec in self.fmt.param_specs()
         }
+
+    def block(
+        self, w: Tensor, order: Tensor | None, start: int, end: int, stop_at: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale and zero point of a uniform grid for columns start to end of w [batch, in, out], all groups fitted now.
+
+        Returns two float32 [batch, groups, out] and which group is each column's, int32 [batch, columns].
+        """
+        batch, _, out = w.shape
+        first = start // self.width
+        places = torch.arange(start, end, device=w.device).expand(batch, -1)
+        if self.table is None:
+            held = [] if self.starts_group(start) else [self.grown[-1]]
+            for at in range(start, end):
+                if self.starts_group(at):
+                    self.grow(w[:, at : min(at + self.width, stop_at)].transpose(1, 2))
+                    held.append(self.grown[-1])
+            which = places // self.width - first
+        elif order is None:
+            last = (end - 1) // self.width + 1
+            held = [{name: self._groups(name, slice(first, last)) for name in self.table}]
+            which = places // self.width - first
+        else:
+            held = [self.table]
+            which = order[:, start:end] // self.width
+        found = []
+        for name in ("scale", "zero_point"):
+            values = [params[name] for params in held] if name in held[0] else [torch.zeros((), device=w.device)]
+            whole = values[0].ndim == 0
+            one = values[0].expand(batch * out, 1) if whole else torch.cat(values, -1)
+            found.append(one.view(batch, out, -1).transpose(1, 2))
+        groups = max(value.shape[1] for value in found)
+        scale, zero = (value.expand(-1, groups, -1).contiguous() for value in found)
+        return scale, zero, which.to(torch.int32).contiguous()
+
+    def _groups(self, name: str, groups: slice) -> Tensor:
+        """A known parameter of some groups [rows, groups], or the one of the whole weight."""
+        assert self.table is not None
+        value = self.table[name]
+        return value if value.ndim == 0 else value[..., groups]
 
     def _pick(self, value: Tensor, at: int, order: Tensor | None, out: int) -> Tensor:
         if self.table is None or not self.grouped:

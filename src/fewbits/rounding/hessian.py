@@ -23,6 +23,9 @@ class HessianAccumulator:
     experts) one matrix per group is kept. The state is `dtype` (float32 as published, or float64) whatever the inputs
     are. Nothing is read back to the host while adding.
     `mean` [groups, columns, columns] and `samples` are the whole state.
+
+    On a GPU a float32 state is added up by tensor cores (`_add_gram`), and of a single matrix the lower triangle is
+    filled in only when `value` is asked.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class HessianAccumulator:
         self.columns = columns
         self.groups = groups
         self.samples = 0
+        self._whole = True  # whether the lower triangle is what the upper one says
         self.mean = torch.zeros(groups, columns, columns, device=device, dtype=dtype)
 
     @torch.no_grad()
@@ -58,6 +62,10 @@ class HessianAccumulator:
             return
         rows = x.transpose(0, 1).flatten(1, 2) if self.groups > 1 else x.reshape(1, -1, self.columns)
         total = self.samples + m
+        if self.groups == 1 and self.mean.is_cuda and self.mean.dtype == torch.float32:
+            _add_gram(self.mean[0], rows[0].to(self.mean.device), self.samples / total, 2.0 / total)
+            self.samples, self._whole = total, False
+            return
         rows = rows.to(device=self.mean.device, dtype=self.mean.dtype) * (2.0 / total) ** 0.5
         with full_float32(self.mean.device):
             # beta rescales the old mean in the same call: H <- H n/(n+m) + x^T x
@@ -72,6 +80,7 @@ class HessianAccumulator:
                 "they belong to different layers"
             )
         total = self.samples + other.samples
+        self._whole = self._whole and other._whole
         if other.samples:
             theirs = other.mean.to(self.mean) * (other.samples / total)
             self.mean.mul_(self.samples / total).add_(theirs)
@@ -85,7 +94,45 @@ class HessianAccumulator:
         """
         if not bool(torch.diagonal(self.mean, dim1=-2, dim2=-1).isfinite().all()):
             raise FewbitsError("Hessian: a calibration input holds NaN or infinity; check the model in float32")
+        if not self._whole:
+            mirror_upper(self.mean[0])
+            self._whole = True
         return self.mean if self.groups > 1 else self.mean[0]
+
+
+_PANEL = 2048  # columns of a product: wide enough for full speed, narrow enough to leave out most of the lower half
+
+
+def _add_gram(mean: Tensor, rows: Tensor, keep: float, weight: float) -> None:
+    """mean <- keep mean + weight rows^T rows, on and above the diagonal, on tensor cores.
+
+    mean: float32 [columns, columns] on a GPU; rows: [N, columns]. Products of bfloat16 or float16 numbers are exact in
+    float32, where they are added. Other inputs are split in two bfloat16 numbers each, x = high + low, of which
+    low^T low is left out: 2^-17 of a product at most.
+    """
+    left = right = rows
+    if rows.dtype not in (torch.bfloat16, torch.float16):
+        high = rows.to(torch.bfloat16)
+        low = (rows - high).to(torch.bfloat16)
+        left, right = torch.cat([high, high, low]), torch.cat([high, low, high])
+    for start, stop in panels(len(mean), _PANEL):
+        panel = mean[:stop, start:stop]
+        torch.addmm(
+            panel, left[:, :stop].T, right[:, start:stop], out_dtype=torch.float32, beta=keep, alpha=weight, out=panel
+        )
+
+
+def mirror_upper(matrix: Tensor) -> None:
+    """Make a square matrix symmetric, in place, by what stands on and above its diagonal."""
+    for start, stop in panels(len(matrix), _PANEL):
+        matrix[start:stop, :start] = matrix[:start, start:stop].T
+        block = matrix[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).T)
+
+
+def panels(size: int, width: int) -> list[tuple[int, int]]:
+    """(start, stop) of the parts of `width` columns, the last one shorter where they do not divide."""
+    return [(start, min(start + width, size)) for start in range(0, size, width)]
 
 
 def conv_patches(

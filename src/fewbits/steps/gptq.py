@@ -90,12 +90,17 @@ class ColumnSolver(Step):
     def _solve(self, unit: UnitContext, sites: list[Site]) -> None:
         hessians = {site.name: Hessian(site, unit.graph.calls[site.call], unit.device) for site in sites}
         unit.gather({unit.input_of(site).name: [hessians[site.name]] for site in sites})
-        for group in self._stacks(unit, sites, hessians):
-            hessian = hessians[group[0].name].value()
+        # The widest first: its Hessian is what takes most memory.
+        stacks = sorted(self._stacks(unit, sites, hessians), key=lambda group: -hessians[group[0].name].input.columns)
+        values = [hessians[group[0].name].value() for group in stacks]
+        hessians.clear()
+        for group in stacks:
             weights = [unit.weight(site) for site in group]
-            if hessian.dim() == 3:  # a grouped convolution: one problem per group, all at once
-                weights = [weights[0].unflatten(0, (hessian.shape[0], -1))]
-            self._commit(unit, group, weights, hessian)
+            if values[0].dim() == 3:  # a grouped convolution: one problem per group, all at once
+                weights = [weights[0].unflatten(0, (values[0].shape[0], -1))]
+            # The last solve that reads a Hessian may use up its memory, and lets go of it.
+            last = all(values[0].data_ptr() != other.data_ptr() for other in values[1:])
+            self._commit(unit, group, weights, values.pop(0), last)
 
     def _stacks(self, unit: UnitContext, sites: list[Site], hessians: dict[str, Hessian]) -> list[list[Site]]:
         """Weights that are solved as one: rows do not see each other, so those on one input and grid share the
@@ -116,9 +121,14 @@ class ColumnSolver(Step):
         """What fits the grid of a weight that keeps these columns."""
         return spec.range
 
-    def _commit(self, unit: UnitContext, sites: list[Site], weights: list[Tensor], hessian: Tensor) -> None:
-        """Solve and commit weights [out, in] of one input, or one [groups, out, in] with a Hessian for each group."""
-        site, weight = sites[0], torch.cat(weights, -2)
+    def _commit(self, unit: UnitContext, sites: list[Site], weights: list[Tensor], hessian: Tensor, last: bool) -> None:
+        """Solve and commit weights [out, in] of one input, or one [groups, out, in] with a Hessian for each group.
+
+        `last`: nothing else is solved with this Hessian.
+        """
+        site, rows = sites[0], [len(weight) for weight in weights]
+        weight = torch.cat(weights, -2) if len(weights) > 1 else weights[0]
+        weights.clear()
         spec = unit.spec(site)
         assert spec is not None
         held = fitted(unit, site) if _fixed(spec) else None
@@ -142,15 +152,20 @@ class ColumnSolver(Step):
                 static_groups=self.static_groups,
                 stale_groups=self.stale_groups,
                 kept=kept,
+                spend=last,
             )
         except FewbitsError as error:
             raise FewbitsError(f"{site.name}: {error}") from error
-        codes, params, rounded = solution.codes, solution.params, solution.weight
-        index = solution.group_index
+        del hessian
+        codes, params, index = solution.codes, solution.params, solution.group_index
         if held is not None or self.static_groups or not (self.act_order or len(kept)):
             index = None  # contiguous groups need no table
-        if weight.dim() == 3:
-            codes, rounded = codes.flatten(0, 1), rounded.flatten(0, 1)
+        parts = [Columns(kept.cpu(), solution.weight.flatten(0, -2)[:, kept].float().cpu())] if len(kept) else []
+        damping, no_data = solution.damping, solution.no_data
+        grouped = weight.dim() == 3
+        del weight, solution
+        if grouped:
+            codes = codes.flatten(0, 1)
             params = {name: value.flatten(-3, -2) if value.dim() > 2 else value for name, value in params.items()}
             if index is not None:
                 if not bool((index == index[0]).all()):
@@ -161,29 +176,33 @@ class ColumnSolver(Step):
                 index = index[0]
         if held is not None:
             params = held.params
-        parts = [Columns(kept.cpu(), rounded[:, kept].float().cpu())] if len(kept) else []
         if len(sites) == 1:
             unit.quantize_weight(site, codes, params, index, parts)
         else:
             start = 0
-            for one, part in zip(sites, weights, strict=True):
-                rows = slice(start, start := start + len(part))
-                own = {name: value[..., rows, :] if value.dim() > 1 else value for name, value in params.items()}
-                unit.quantize_weight(one, codes[rows], own, index, [])
-        worst = float(solution.damping.max())
+            for one, count in zip(sites, rows, strict=True):
+                own_rows = slice(start, start := start + count)
+                own = {name: value[..., own_rows, :] if value.dim() > 1 else value for name, value in params.items()}
+                unit.quantize_weight(one, codes[own_rows], own, index, [])
+        worst = float(damping.max())
         for one in sites:
-            if bool(solution.no_data.all()):
+            if bool(no_data.all()):
                 unit.note(f"{one.name}: no calibration data reached it, rounded to nearest")
-            elif bool(solution.no_data.any()):
-                dead, of = int(solution.no_data.sum()), solution.no_data.numel()
+            elif bool(no_data.any()):
+                dead, of = int(no_data.sum()), no_data.numel()
                 unit.note(f"{one.name}: {dead} of {of} groups read only zeros and are rounded to nearest")
             if worst > self.damping * 1.5:
                 unit.note(f"{one.name}: damping raised to {worst:g} for the Hessian to factorise")
 
     def statistics_bytes(self, graph: Graph, unit: Unit) -> int:
-        total = 0
+        total, seen = 0, set()
         for site in graph.sites_of(unit):
             if site.role == "weight" and site.op != "embedding":
+                given = graph.sites.get(site.name.removesuffix("weight") + "input")
+                shared = site.name if given is None or site.uses > 1 else given.value
+                if shared in seen and site.op == "linear":  # layers on one input share its Hessian
+                    continue
+                seen.add(shared)
                 columns = site.shape[-2] if site.layout == "io" else 1
                 if site.layout != "io":
                     for extent in site.shape[1:]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbits.engine.context import UnitContext
 from fewbits.engine.module_calls import ModuleCalls
-from fewbits.engine.statistics import AbsMean
+from fewbits.engine.statistics import AbsMean, Hessian
 from fewbits.formats import quantize
 from fewbits.graph import operands
 from fewbits.graph.attention import score_products
 from fewbits.graph.relations import End, Relation
-from fewbits.graph.types import CallKey, Graph, Site, Unit
+from fewbits.graph.types import Call, CallKey, Graph, Site, Unit
 from fewbits.graph.weights import scale
 from fewbits.recipe import Step
+from fewbits.rounding.precision import tensor_core_float32
 from fewbits.transforms.searched_scaling import search_scales
 
 
@@ -39,15 +41,18 @@ class ScaleGroup:
 class SearchScales(Step):
     """Scale the input channels of a unit's layers by a power of their mean magnitude (`transforms.searched_scaling`).
 
-    `grid` exponents from 0 to 1 are tried per group on all calibration data. The loss is what the smallest module that
-    holds all the group's layers puts out in floating point, those weights quantized; for layers that make queries or
-    keys the module that multiplies these. Every group of a unit is searched on the float unit, then all are applied.
-    Behind an activation function that passes no scale, the inverse is a factor at run time (`behind_activations`).
+    `grid` exponents from 0 to 1 are tried per group. The loss is what the smallest module that holds all the group's
+    layers puts out in floating point, those weights quantized; for layers that make queries or keys the module that
+    multiplies these. It is measured on about `tokens` tokens (positions): on every so many-th batch where the
+    calibration data hold more. Magnitudes are those of all data. Every group of a unit is searched on the float unit,
+    then all are applied. Behind an activation function that passes no scale, the inverse is a factor at run time
+    (`behind_activations`).
     """
 
     grid: int = 20
     dead: Literal["keep", "clamp"] = "keep"
     behind_activations: bool = True
+    tokens: int = 65536
 
     part: ClassVar[str] = "transform"
     stage: ClassVar[int] = 12
@@ -55,19 +60,27 @@ class SearchScales(Step):
 
     def apply(self, unit: UnitContext) -> None:
         groups = self._groups(unit)
-        statistics = {
-            unit.input_of(site).name: AbsMean(input_axis(site)) for group in groups for _, site in group.layers
-        }
         if not groups:
             return
-        unit.gather({name: [statistic] for name, statistic in statistics.items()}, "float")
+        sites = {unit.input_of(site).name: site for group in groups for _, site in group.layers}
+        means = {name: AbsMean(input_axis(site)) for name, site in sites.items()}
+        grams = {
+            unit.input_of(site).name: Hessian(site, unit.graph.calls[site.call], unit.device)
+            for group in groups
+            if (site := _judges_itself(unit, group)) is not None
+        }
+        unit.gather({name: [held[name] for held in (means, grams) if name in held] for name in sites}, "float")
         found: list[tuple[ScaleGroup, Tensor]] = []
         for number, group in enumerate(groups):
-            magnitude = _magnitude(unit, group, statistics)
-            with unit.module_calls(group.module, "float") as calls, _kept(unit, group.layers):
-                found.append(
-                    (group, search_scales(magnitude, _loss(unit, group, calls), grid=self.grid, dead=self.dead).scale)
-                )
+            search = partial(search_scales, _magnitude(unit, group, means), grid=self.grid, dead=self.dead)
+            name = unit.input_of(group.layers[0][1]).name
+            gram = grams.pop(name, None)
+            if gram is not None and means[name].seen:
+                found.append((group, search(_gram_loss(unit, group, gram, means[name].rows)).scale))
+            else:
+                every = max(1, max(means[unit.input_of(site).name].rows for _, site in group.layers) // self.tokens)
+                with unit.module_calls(group.module, "float", every) as calls, _kept(unit, group.layers):
+                    found.append((group, search(_module_loss(unit, group, calls)).scale))
             unit.run.progress.part((number + 1) / len(groups))
         for group, s in found:
             if bool((s == 1).all()):
@@ -81,6 +94,7 @@ class SearchScales(Step):
         """In forward order of the layers."""
         graph = unit.graph
         quantized = {site.name: site for site in unit.weights()}
+        products = score_products(graph)
         groups: list[ScaleGroup] = []
         shared: set[str] = set()
         for relation in graph.relations:
@@ -98,7 +112,7 @@ class SearchScales(Step):
                 unit.note("values that several heads share (grouped-query attention) are not scaled")
                 shared |= {site.name for _, site in chosen}
             else:
-                groups.append(ScaleGroup(relation, chosen, _judge(unit, chosen)))
+                groups.append(ScaleGroup(relation, chosen, _judge(unit, chosen, products)))
         scaled = {site.name for group in groups for _, site in group.layers}
         for site in quantized.values():
             if not self.behind_activations or site.name in scaled or not _follows_activation(unit, site):
@@ -108,15 +122,15 @@ class SearchScales(Step):
                 relation = Relation(
                     site.name, (), (end,), len(end.channel_of), frozenset(), frozenset({"positive_scale"})
                 )
-                groups.append(ScaleGroup(relation, ((end, site),), _judge(unit, [(end, site)])))
+                groups.append(ScaleGroup(relation, ((end, site),), _judge(unit, [(end, site)], products)))
                 scaled.add(site.name)
         if set(quantized) - scaled - shared:
             unit.note("layers whose input no norm, layer or activation function of their unit makes are not scaled")
         return sorted(groups, key=lambda group: min(site.call for _, site in group.layers))
 
     def statistics_bytes(self, graph: Graph, unit: Unit) -> int:
-        """The float weights of a unit's layers, kept while quantized ones stand in for them."""
-        return 4 * sum(
+        """The float weights of a unit's layers, kept while quantized ones stand in for them, and what makes these."""
+        return 8 * sum(
             torch.Size(site.shape).numel()
             for site in graph.sites_of(unit)
             if site.role == "weight" and site.op != "embedding"
@@ -144,19 +158,51 @@ def column_factors(end: End, rows: int, columns: int, s: Tensor) -> Tensor:
     return spread.reshape(-1, columns)
 
 
-def _loss(unit: UnitContext, group: ScaleGroup, calls: ModuleCalls) -> Callable[[Tensor], float]:
+def _judges_itself(unit: UnitContext, group: ScaleGroup) -> Site | None:
+    """The only layer of a group that is its own judge, on a GPU and a plain linear layer: its loss needs no forward."""
+    (_, site), *others = group.layers
+    module = unit.model.get_submodule(group.module)
+    plain = type(module).forward is nn.Linear.forward and site.key[0] == group.module and site.layout == "oi"
+    return site if plain and not others and unit.device.type == "cuda" else None
+
+
+def _scaled_and_rounded(unit: UnitContext, end: End, site: Site, weight: Tensor, s: Tensor) -> Tensor:
+    """What a weight (out, columns) acts as when it is quantized under a scale."""
+    spec = unit.spec(site)
+    assert spec is not None
+    factor = column_factors(end, weight.shape[0], weight.shape[1], s).to(weight.device)
+    scaled = weight * factor
+    params = spec.range.fit(scaled, spec.format, spec.granularity, where=site.name)
+    return quantize(scaled, spec.format, spec.granularity, params) / factor
+
+
+def _module_loss(unit: UnitContext, group: ScaleGroup, calls: ModuleCalls) -> Callable[[Tensor], float]:
     """The judging module's squared error with the group's weights quantized under a scale."""
     weights = [unit.weight(site) for _, site in group.layers]
 
     def loss(s: Tensor) -> float:
         for (end, site), weight in zip(group.layers, weights, strict=True):
-            spec = unit.spec(site)
-            assert spec is not None
-            factor = column_factors(end, weight.shape[0], weight.shape[1], s).to(weight.device)
-            scaled = weight * factor
-            params = spec.range.fit(scaled, spec.format, spec.granularity, where=site.name)
-            unit.set_weight(site, quantize(scaled, spec.format, spec.granularity, params) / factor)
+            unit.set_weight(site, _scaled_and_rounded(unit, end, site, weight, s))
         return calls.squared_error()
+
+    return loss
+
+
+def _gram_loss(unit: UnitContext, group: ScaleGroup, gram: Hessian, rows: int) -> Callable[[Tensor], float]:
+    """The same of a linear layer that judges itself, from its inputs' second moments alone.
+
+    With D the change of the weight, the mean of |X D^T|^2 over `rows` tokens and the outputs is tr(D X^T X D^T) over
+    their number, and the Hessian is 2 X^T X over the samples.
+    """
+    ((end, site),) = group.layers
+    weight, hessian, samples = unit.weight(site), gram.value(), gram.accumulator.samples
+    stored = operands.operand(unit.model, site).dtype
+
+    def loss(s: Tensor) -> float:
+        change = _scaled_and_rounded(unit, end, site, weight, s).to(stored).float() - weight
+        with tensor_core_float32(unit.device):
+            moved = change @ hessian
+        return float(moved.mul_(change).sum()) * samples / 2 / (rows * len(weight))
 
     return loss
 
@@ -187,9 +233,8 @@ def _magnitude(unit: UnitContext, group: ScaleGroup, statistics: dict[str, AbsMe
     return total / count.clamp_min(1)
 
 
-def _judge(unit: UnitContext, layers: Iterable[tuple[End, Site]]) -> str:
+def _judge(unit: UnitContext, layers: Iterable[tuple[End, Site]], products: dict[int, list[Call]]) -> str:
     """The smallest module of the unit that runs all the layers, and the products of the queries and keys they make."""
-    products = score_products(unit.graph)
     keys: list[CallKey] = []
     for end, site in layers:
         keys += [site.key, *end.calls]
