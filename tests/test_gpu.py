@@ -157,11 +157,30 @@ def test_packed_on_the_gpu_gives_what_the_simulation_gave(recipe: str, kernel: s
         assert {layer.kernel for layer in result.layers.values()} == {"triton"}
 
 
+HALVES = {"gptq": "W4A16g64", "rtn": "W3A16g64", "squeezellm": "W3A16"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("recipe", HALVES)
+def test_packed_for_matrix_units_gives_what_the_simulation_gave(recipe: str, dtype: torch.dtype) -> None:
+    model = encoder(width=128).cuda().to(dtype)
+    quantize(model, recipe, [batch.to(dtype) for batch in tokens(8)], bits=HALVES[recipe], device="cuda")
+    x = tokens(8)[0].cuda().to(dtype)
+    with torch.no_grad():
+        expected = model(x)
+        result = fewbits.pack(model, kernel="triton_mma")
+        found = model(x)
+    assert {layer.kernel for layer in result.layers.values()} == {"triton_mma"}
+    # the simulation rounds its weights to the model's type; a matrix unit multiplies codes, or what they decode to
+    assert (found - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm()
+
+
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_a_packed_layer_is_captured_in_a_graph_and_gives_the_same_bits(rows: int) -> None:
+@pytest.mark.parametrize("kernel", ["triton", "triton_mma"])
+def test_a_packed_layer_is_captured_in_a_graph_and_gives_the_same_bits(rows: int, kernel: str) -> None:
     model = encoder(width=128).cuda().half()
     quantize(model, "gptq", tokens(8), bits="W4A16g64", device="cuda")
-    fewbits.pack(model, kernel="triton")
+    fewbits.pack(model, kernel=kernel)
     layer = next(module for module in model.modules() if isinstance(module, Packed))
     x = torch.randn(rows, layer.in_features, device="cuda", dtype=torch.float16)
     with torch.no_grad():

@@ -136,3 +136,38 @@ def test_a_target_with_a_placement_of_its_own_brings_its_recipe() -> None:
     assert recipe.name == "gptq+jacob-integer-only"
     result = fewbits.quantize(_model(), recipe, _batches())
     assert {site.role for site, _ in result.attachment.items()} == {"input", "output", "weight"}
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.inner(x), -1) + x
+
+
+def test_calls_that_a_target_does_not_run_are_refused_before_any_work() -> None:
+    batches = [torch.randn(2, 4, 16)]
+    model = _Attention()
+    before = model.inner.weight.clone()
+    with pytest.raises(FewbitsError, match="integer runs no softmax") as refused:
+        fewbits.quantize(model, build_recipe("jacob-integer-only", "W8A8", {"target": "integer"}), batches)
+    assert "Take a target that can: " in str(refused.value) and "onnxruntime" in str(refused.value)
+    assert torch.equal(model.inner.weight, before)
+    # the ReLU behind a convolution is done in one go with it
+    fewbits.quantize(_model(), build_recipe("jacob-integer-only", "W8A8", {"target": "integer"}), _batches())
+
+
+def test_what_the_integer_target_runs_is_what_its_executor_translates() -> None:
+    from fewbits.export.integer.build import BY_NAME
+    from fewbits.export.integer.operations import LAYOUT
+    from fewbits.graph.ops import ACTIVATIONS, IDENTITY
+    from fewbits.graph.types import CASTS
+
+    profile = load_profile("integer")
+    pools = {f"{kind}avg_pool{axes}d" for kind in ("", "adaptive_") for axes in (1, 2, 3)}
+    assert set(profile.requantizes) | set(profile.passes) == {
+        *BY_NAME, *ACTIVATIONS, *IDENTITY, *CASTS, *LAYOUT, *pools, *profile.ops, "mean", "pad", "getitem", "matmul",
+    }  # fmt: skip
+    assert not set(profile.requantizes) & set(profile.passes)

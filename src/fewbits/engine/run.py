@@ -545,7 +545,7 @@ class Run:
 
         free = dataclasses.replace(scheme, target="")
         specs = [(site, spec) for site in self.graph.sites.values() if (spec := free.spec(site)) is not None]
-        found = refusals(load_profile(scheme.target), specs)
+        found = refusals(load_profile(scheme.target), specs, self.graph)
         if found:
             raise FewbitsError(f"{self.recipe.name} {self.recipe.bits}: {found}")
 

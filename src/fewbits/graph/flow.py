@@ -68,6 +68,10 @@ class Flow:
                 self.deep.update(out for out in call.outputs if out in self.active)
         self._sources: dict[int, frozenset[int]] = {}
 
+    def concerns(self, call: Call) -> bool:
+        """Whether a call works on the network's inputs or on what became of them."""
+        return any(value in self.active for value in self.reads[call.index])
+
     def maker(self, value: int) -> Call | None:
         index = self.graph.values[value].call
         return None if index is None else self.graph.calls[index]

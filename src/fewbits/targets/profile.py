@@ -25,7 +25,7 @@ from fewbits.errors import FewbitsError
 
 if TYPE_CHECKING:
     from fewbits.formats import Format, Granularity
-    from fewbits.graph.types import Site
+    from fewbits.graph.types import Graph, Site
     from fewbits.recipe import QSpec
 
 _FOLDER = Path(__file__).parent
@@ -135,14 +135,18 @@ class Profile:
     """What one target can hold and run.
 
     ops: weighted ops whose weight it stores in low bits ("*": all). roles: activation operands it quantizes.
-    weights, activations: grids, the preferred first. accumulator: bits of the sums that products of codes go to.
-    recipe: the one that places quantizers as the target does, joined to any other; "" where inputs of ops will do.
+    requantizes: calls whose result it brings to a grid of their own; passes: calls that leave the grid of what they
+    read; other calls do not run there ("*": all do). weights, activations: grids, the preferred first. accumulator:
+    bits of the sums that products of codes go to. recipe: the one that places quantizers as the target does, joined to
+    any other; "" where inputs of ops will do.
     """
 
     name: str
     about: str
     ops: tuple[str, ...] = ("*",)
     roles: tuple[str, ...] = ("input", "lhs", "rhs")
+    requantizes: tuple[str, ...] = ("*",)
+    passes: tuple[str, ...] = ()
     weights: tuple[Grid, ...] = ()
     activations: tuple[Grid, ...] = ()
     accumulator: int = 32
@@ -150,6 +154,21 @@ class Profile:
 
     def grids(self, site: Site) -> tuple[Grid, ...]:
         return self.weights if site.role == "weight" else self.activations
+
+    def foreign(self, graph: Graph) -> list[str]:
+        """The calls of a recorded model that the target does not run, each with its module and the reason."""
+        from fewbits.graph.ops import CREATION
+        from fewbits.graph.requantize import find_placement
+
+        if "*" in self.requantizes:
+            return []
+        known = {*self.requantizes, *self.passes, *CREATION}
+        fused = find_placement(graph).fused  # done in one go with what comes before them
+        return [
+            f"{call.module or graph.model_class}: {self.name} runs no {call.op}"
+            for call in graph.calls
+            if call.op not in known and call.index not in fused and graph.flow.concerns(call)
+        ]
 
     def reason(self, site: Site, spec: QSpec, *, weight_only: bool | None = None) -> str | None:
         """Why the target cannot hold this quantizer at this site, or None.
@@ -238,11 +257,11 @@ def load_profile(name: str) -> Profile:
     return Profile.from_dict(data)
 
 
-def refusals(profile: Profile, specs: Sequence[tuple[Site, QSpec]]) -> str:
+def refusals(profile: Profile, specs: Sequence[tuple[Site, QSpec]], graph: Graph) -> str:
     """What the target cannot be fitted to, naming sites and the targets that can; an empty text where it can."""
 
     def unfit(other: Profile) -> list[str]:
-        found = []
+        found = other.foreign(graph)
         for site, spec in specs:
             try:
                 other.fit(spec, site)
@@ -254,11 +273,10 @@ def refusals(profile: Profile, specs: Sequence[tuple[Site, QSpec]]) -> str:
     if not lines:
         return ""
     able = [name for name in profile_names() if name != profile.name and not unfit(load_profile(name))]
-    more = f" and {len(lines) - 3} more sites" if len(lines) > 3 else ""
-    return (
-        f"{'; '.join(lines[:3])}{more}. Keep these sites in floating point (--set exclude=GLOB) or take a target that "
-        f"can: {', '.join(able) or 'there is none'}"
-    )
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    keep = "" if profile.foreign(graph) else "keep these sites in floating point (--set exclude=GLOB) or "
+    advice = f"{keep}take a target that can: {', '.join(able) or 'there is none'}"
+    return f"{'; '.join(lines[:3])}{more}. {advice[0].upper()}{advice[1:]}"
 
 
 def _grid(data: dict[str, Any], where: str) -> Grid:

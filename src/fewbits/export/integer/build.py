@@ -27,6 +27,11 @@ from fewbits.graph.types import CASTS, Call
 from fewbits.kernels import fixed_point
 from fewbits.kernels.integer_ops import add_factors, check_depth
 
+#: The methods that translate calls known by name alone.
+BY_NAME = {
+    "add": "_add", "mul": "_multiply", "cat": "_concatenate", "batch_norm": "_norm", "max_pool1d": "_max_pool",
+    "max_pool2d": "_max_pool", "max_pool3d": "_max_pool",
+}  # fmt: skip
 #: Bits that the accumulators of `channels` may take up.
 _CHANNEL_BITS = 29
 _SHOWN = 6
@@ -58,7 +63,7 @@ class Builder(Values):
 
     def program(self) -> IntegerProgram:
         for call in self.graph.calls:
-            if call.index in self.placement.fused or call.op in CREATION or not self._concerns(call):
+            if call.index in self.placement.fused or call.op in CREATION or not self.graph.flow.concerns(call):
                 continue
             try:
                 self._emit(call)
@@ -105,13 +110,10 @@ class Builder(Values):
             return self._product
         if op in ACTIVATIONS:
             return self._table
-        known = {
-            "add": self._add, "mul": self._multiply, "cat": self._concatenate, "batch_norm": self._norm,
-            "max_pool1d": self._max_pool, "max_pool2d": self._max_pool, "max_pool3d": self._max_pool,
-        }  # fmt: skip
-        if op not in known:
+        if op not in BY_NAME:
             raise Refusal(f"{self._name(call)}: {op} has no integer form here")
-        return known[op]
+        translate: Callable[[Call], None] = getattr(self, BY_NAME[op])
+        return translate
 
     def _output(self, call: Call, step: Tensor, name: str) -> tuple[Grid | None, dict[str, int], dict[str, Tensor]]:
         """What brings the accumulator of a chain, in units of `step`, to bytes: grid, clamp and tensors."""

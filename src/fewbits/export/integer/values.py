@@ -47,10 +47,6 @@ class Values:
         self._registers = iter(range(1 << 30))
 
     # -- where values are ----------------------------------------------------------------------------------------------
-    def _concerns(self, call: Call) -> bool:
-        """Whether a call works on the network's inputs or what became of them."""
-        return any(value in self.graph.flow.active for value in self.graph.flow.reads[call.index])
-
     def _site(self, call: Call, role: str) -> Site | None:
         return None if call.key is None else self.at.get(call.key, {}).get(role)
 
