@@ -164,8 +164,8 @@ HALVES = {"gptq": "W4A16g64", "rtn": "W3A16g64", "squeezellm": "W3A16"}
 @pytest.mark.parametrize("recipe", HALVES)
 def test_packed_for_matrix_units_gives_what_the_simulation_gave(recipe: str, dtype: torch.dtype) -> None:
     model = encoder(width=128).cuda().to(dtype)
-    quantize(model, recipe, [batch.to(dtype) for batch in tokens(8)], bits=HALVES[recipe], device="cuda")
-    x = tokens(8)[0].cuda().to(dtype)
+    quantize(model, recipe, tokens(8), bits=HALVES[recipe], device="cuda")
+    x = tokens(8)[0].cuda()
     with torch.no_grad():
         expected = model(x)
         result = fewbits.pack(model, kernel="triton_mma")
