@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fewbits.formats import PerToken, symmetric
 from fewbits.kernels import native
-from fewbits.packed.modules import Int8Linear, NativeLinear, Packed, TorchInt4Linear
+from fewbits.packed.int8 import Int8Linear
+from fewbits.packed.modules import NativeLinear, Packed, TorchInt4Linear
 from fewbits.packed.weight import KernelWeight
 from fewbits.quantizer import Quantizer
 from fewbits.ranges import AbsMax

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fewbits.kernels import ops, reference
 from fewbits.kernels.fragments import unpack_fragments
+from fewbits.kernels.operands import Beside, PackedWeight
 from fewbits.kernels.words import pack_words
 from fewbits.outliers.parts import Sparse
 
@@ -51,36 +52,36 @@ def graph_time(runs: list[Callable[[], Any]], repeats: int = 30) -> float:
     return statistics.median(times)
 
 
-def weight(bits: int, outputs: int, inputs: int, *, table: bool = False, sparse: float = 0.0) -> tuple[Any, ...]:
-    """Arguments of `fragment_matmul` after the activations, of random codes: every pattern of bits is one."""
+def weight(bits: int, outputs: int, inputs: int, *, table: bool = False, sparse: float = 0.0) -> PackedWeight:
+    """A weight for `fragment_matmul`, of random codes: every pattern of bits is one."""
     shape = (outputs // 16, inputs // 64, bits, 32)
     made = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
-    extras: tuple[Any, ...] = (None,) * 6
+    beside = Beside()
     if sparse:
         kept = torch.rand(outputs, inputs) < sparse
         part = Sparse.from_dense(torch.randn(outputs, inputs) * 0.1, kept)
-        extras = (None, None, None, part.rows.cuda(), part.columns.cuda(), part.values.half().cuda())
+        beside = Beside(starts=part.rows.cuda(), places=part.columns.cuda(), entries=part.values.half().cuda())
     if table:
         levels = (torch.randn(1 << bits, outputs, device="cuda") * 0.02).sort(0).values
-        return (made, None, None, levels.half(), bits, inputs, outputs, *extras)
+        return PackedWeight(made, None, None, levels.half(), bits, inputs, outputs, beside)
     groups = -(-inputs // GROUP)
     scale = (torch.rand(groups, outputs, device="cuda") * 0.01 + 0.001).half()
     zero = torch.randint(0, 1 << bits, (groups, outputs), device="cuda", dtype=torch.uint8)
-    return (made, scale, zero, None, bits, GROUP, outputs, *extras)
+    return PackedWeight(made, scale, zero, None, bits, GROUP, outputs, beside)
 
 
-def size_of(given: tuple[Any, ...]) -> int:
-    return sum(held.nbytes for held in given if isinstance(held, Tensor))
+def size_of(given: PackedWeight) -> int:
+    return sum(held.nbytes for held in given.flat() if isinstance(held, Tensor))
 
 
-def right(x: Tensor, given: tuple[Any, ...]) -> float:
+def right(x: Tensor, given: PackedWeight) -> float:
     """Relative distance of a product from the one in float64; raises where it is not half precision's."""
-    words, scale, zero, table, bits, group, outputs, *extras = (
-        held.double() if isinstance(held, Tensor) and held.is_floating_point() else held for held in given
-    )
-    codes = unpack_fragments(words, bits, outputs, nibbles=table is not None)
-    expected = reference.packed_matmul(x.double(), pack_words(codes, bits), scale, zero, table, bits, group, *extras)
-    found = ops.fragment_matmul(x, *given).double()
+    codes = unpack_fragments(given.words, given.bits, given.outputs, nibbles=given.table is not None)
+    exact = PackedWeight.of([
+        held.double() if isinstance(held, Tensor) and held.is_floating_point() else held for held in given.flat()
+    ])  # fmt: skip
+    expected = reference.packed_matmul(x.double(), exact._replace(words=pack_words(codes, given.bits)))
+    found = ops.fragment_matmul(x, *given.flat()).double()
     distance = float((found - expected).norm() / expected.norm())
     if not distance < 2e-3:
         raise AssertionError(f"wrong result: relative distance {distance:.3g} from float64")
@@ -92,7 +93,7 @@ def vector(name: str, copy: float, target: float | None, *, rows: int = 1, **opt
     weights = [weight(outputs=SIZE, inputs=SIZE, **options) for _ in range(ROTATION)]
     x = torch.randn(rows, SIZE, device="cuda", dtype=torch.float16)
     distance = right(x, weights[0])
-    took = graph_time([lambda given=given: ops.run_fragment_matmul(x, *given) for given in weights])
+    took = graph_time([lambda given=given: ops.run_fragment_matmul(x, given) for given in weights])
     limit = size_of(weights[0]) / copy * 1e6
     return line(name, took, limit, target, f"distance {distance:.1e}", ratio=limit / took)
 
@@ -144,7 +145,7 @@ def decoding(copy: float) -> list[dict[str, Any]]:
     inputs = {k: torch.randn(1, k, device="cuda", dtype=torch.float16) for _, k in LAYERS}
     right(inputs[LAYERS[0][1]], packed[0])
     shapes = [shape for _ in range(BLOCKS) for shape in LAYERS]
-    runs = [lambda g=g, x=inputs[k]: ops.run_fragment_matmul(x, *g) for g, (_, k) in zip(packed, shapes, strict=True)]
+    runs = [lambda g=g, x=inputs[k]: ops.run_fragment_matmul(x, g) for g, (_, k) in zip(packed, shapes, strict=True)]
     ours = graph_time(runs) * len(runs)
     read = sum(size_of(given) for given in packed)
     del packed, runs

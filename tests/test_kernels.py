@@ -18,6 +18,7 @@ from fewbits.errors import FewbitsError
 from fewbits.formats import PerTensor, PerToken, affine, symmetric
 from fewbits.kernels import native, ops, reference
 from fewbits.kernels.choose import Case, choose, milliseconds, padded_int_mm, unable
+from fewbits.kernels.operands import Beside, PackedWeight
 from fewbits.kernels.words import pack_words
 from fewbits.outliers.parts import Sparse
 from fewbits.quantizer import Quantizer
@@ -29,30 +30,32 @@ triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def weight(bits: int, outputs: int, inputs: int, group: int, *, table: bool = False, extras: bool = False) -> list[Any]:
-    """Arguments of `packed_matmul` after `x`, float32."""
+def weight(
+    bits: int, outputs: int, inputs: int, group: int, *, table: bool = False, extras: bool = False
+) -> PackedWeight:
+    """A weight for `packed_matmul`, with a bias, float32."""
     codes = torch.randint(0, 1 << bits, (outputs, inputs))
     groups = -(-inputs // group)
     scale, zero = torch.rand(groups, outputs) * 0.1 + 0.01, torch.rand(groups, outputs) * (1 << bits)
     levels = torch.randn(1 << bits, outputs)
     grid = [None, None, levels] if table else [scale, zero, None]
-    beside: list[Any] = [None] * 5
+    beside = Beside(torch.randn(outputs))
     if extras:
         kept = torch.rand(outputs, inputs) < 0.05
         kept[0] = False  # a row without entries
         sparse = Sparse.from_dense(torch.randn(outputs, inputs), kept)
-        beside = [torch.randperm(inputs)[:3], torch.randn(3, outputs), sparse.rows, sparse.columns, sparse.values]
-    made = [pack_words(codes, bits), *grid, bits, group, torch.randn(outputs), *beside]
-    return [held.to(DEVICE) if isinstance(held, Tensor) else held for held in made]
+        columns = torch.randperm(inputs)[:3], torch.randn(3, outputs)
+        beside = Beside(beside.bias, *columns, sparse.rows, sparse.columns, sparse.values)
+    made = PackedWeight(pack_words(codes, bits), *grid, bits, group, outputs, beside)
+    return PackedWeight.of([held.to(DEVICE) if isinstance(held, Tensor) else held for held in made.flat()])
 
 
-def dense(given: list[Any], inputs: int) -> tuple[Tensor, Tensor]:
-    """(weight [out, in], bias) in float64, worked out entry by entry from the arguments."""
-    words, scale, zero, table, bits, group, bias, index, columns, starts, places, entries = (
-        held.double().cpu() if isinstance(held, Tensor) and held.is_floating_point() else held for held in given
+def dense(given: PackedWeight, inputs: int) -> tuple[Tensor, Tensor | None]:
+    """(weight [out, in], bias) in float64, worked out entry by entry from the pieces."""
+    words, scale, zero, table, bits, group, outputs, bias, index, columns, starts, places, entries = (
+        held.double().cpu() if isinstance(held, Tensor) and held.is_floating_point() else held for held in given.flat()
     )
     words = words.cpu()
-    outputs = words.shape[1]
     out = torch.empty(outputs, inputs, dtype=torch.float64)
     for k in range(inputs):
         run, nth = divmod(k, 32)
@@ -98,11 +101,11 @@ def test_packed_product_is_the_float64_product(
     given = weight(bits, outputs, inputs, group, table=table, extras=extras)
     x = torch.randn(rows, inputs, device=DEVICE)
     expected = F.linear(x.cpu().double(), *dense(given, inputs))
-    found = ops.packed_matmul(x, *given, backend=backend).cpu().double()
+    found = ops.packed_matmul(x, *given.flat(), backend=backend).cpu().double()
     # one row in Triton: codes as mantissas, see triton_words.mantissas
     tolerance = 1e-4 if backend == "triton" and rows <= 4 and not table else 2e-6
     assert (found - expected).norm() <= tolerance * expected.norm()
-    again = ops.packed_matmul(x, *given, backend=backend).cpu().double()
+    again = ops.packed_matmul(x, *given.flat(), backend=backend).cpu().double()
     assert torch.equal(found, again)
 
 
@@ -116,15 +119,15 @@ def test_packed_product_is_the_float64_product(
 def test_compiled_c_is_the_float64_product(
     bits: int, rows: int, outputs: int, inputs: int, group: int, table: bool, extras: bool
 ) -> None:
-    given = [held.cpu() if isinstance(held, Tensor) else held for held in weight(
+    given = PackedWeight.of([held.cpu() if isinstance(held, Tensor) else held for held in weight(
         bits, outputs, inputs, group, table=table, extras=extras
-    )]  # fmt: skip
-    words, scale, zero, levels, *rest = given
+    ).flat()])  # fmt: skip
+    words, scale, zero, levels, *rest = given.flat()
     offset = None if table else scale * zero
     rows_first = [None if held is None else held.T.contiguous() for held in (scale, offset, levels)]
     x = torch.randn(rows, inputs)
     expected = F.linear(x.double(), *dense(given, inputs))
-    arguments = (x, native.packed_rows(words), *rows_first, *rest[:2], outputs, *rest[2:])
+    arguments = (x, native.packed_rows(words), *rows_first, *rest)
     found = ops.native_matmul(*arguments)
     assert (found - expected).norm() <= 2e-6 * expected.norm()
     threads = torch.get_num_threads()
@@ -175,7 +178,7 @@ def test_half_precision_rounds_once(rows: int, dtype: torch.dtype) -> None:
     given = weight(4, 40, 96, 32, extras=True)
     x = torch.randn(rows, 96, device=DEVICE).to(dtype)
     expected = F.linear(x.cpu().double(), *dense(given, 96))
-    found = ops.packed_matmul(x, *given, backend="triton")
+    found = ops.packed_matmul(x, *given.flat(), backend="triton")
     assert found.dtype == dtype
     bound = 4 * torch.finfo(dtype).eps  # weights of the tile kernel are rounded too
     assert (found.cpu().double() - expected).norm() <= bound * expected.norm()
@@ -189,9 +192,8 @@ def test_half_precision_rounds_once(rows: int, dtype: torch.dtype) -> None:
 def test_decoding_in_torch_is_exact(bits: int, outputs: int, inputs: int, groups: int, seed: int) -> None:
     torch.manual_seed(seed)
     given = weight(bits, outputs, inputs, min(groups, inputs))
-    words, scale, zero, table, *_ = given
-    found = reference.decode(words, scale.double(), zero, table, bits, min(groups, inputs), inputs)
-    given[7:] = [None] * 5
+    assert given.scale is not None
+    found = reference.decode(given._replace(scale=given.scale.double()), inputs)
     torch.testing.assert_close(found.T.cpu(), dense(given, inputs)[0], rtol=1e-12, atol=1e-12)
 
 
@@ -277,17 +279,17 @@ def test_int8_in_c_and_by_torch_is_exact(m: int, n: int, k: int) -> None:
 
 def test_empty_batches_and_leading_axes() -> None:
     given = weight(4, 12, 64, 32)
-    assert ops.packed_matmul(torch.empty(0, 64, device=DEVICE), *given).shape == (0, 12)
+    assert ops.packed_matmul(torch.empty(0, 64, device=DEVICE), *given.flat()).shape == (0, 12)
     x = torch.randn(2, 3, 64, device=DEVICE)
-    flat = ops.packed_matmul(x.view(6, 64), *given, backend="reference")
-    assert torch.equal(ops.packed_matmul(x, *given, backend="reference"), flat.view(2, 3, 12))
+    flat = ops.packed_matmul(x.view(6, 64), *given.flat(), backend="reference")
+    assert torch.equal(ops.packed_matmul(x, *given.flat(), backend="reference"), flat.view(2, 3, 12))
 
 
 def test_ops_have_right_fakes_and_compile_whole() -> None:
     given = weight(3, 12, 64, 32, extras=True)
     x = torch.randn(2, 64, device=DEVICE)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.packed_matmul, (x, *given, "reference"), test_utils=checks)
+    torch.library.opcheck(ops.packed_matmul, (x, *given.flat()), {"backend": "reference"}, test_utils=checks)
     rows = (x, None, None, -127, 127, True, 1e-5, "reference")
     torch.library.opcheck(ops.quantize_rows, rows, test_utils=checks)
     codes, *scaling = ops.quantize_rows(*rows)
@@ -299,15 +301,31 @@ def test_ops_have_right_fakes_and_compile_whole() -> None:
     torch.library.opcheck(ops.norm_quantize, norm, test_utils=checks)
 
     def run(value: Tensor) -> Tensor:
-        return F.relu(ops.packed_matmul(value, *given, backend="reference")) + 1
+        return F.relu(ops.packed_matmul(value, *given.flat(), backend="reference")) + 1
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), run(x))
 
 
+def test_ops_take_the_pieces_of_a_weight_by_its_names() -> None:
+    fields = (*PackedWeight._fields[:-1], *Beside._fields)
+    for op, options in ((ops.packed_matmul, ["backend"]), (ops.fragment_matmul, []), (ops.native_matmul, [])):
+        assert [held.name for held in op._opoverload._schema.arguments] == ["x", *fields, *options]
+    given = weight(4, 12, 64, 32, extras=True)
+    pieces = given.flat()
+    assert PackedWeight.of(pieces) == given
+    assert PackedWeight.of(pieces[:8]).beside == Beside(given.beside.bias)
+    assert PackedWeight.of(pieces[:7]).beside.empty and not given.beside.empty
+    x = torch.randn(3, 64, device=DEVICE)
+    whole = ops.multiply(ops.run_packed_matmul, ops.packed_matmul, x, given, backend="reference")
+    assert torch.equal(ops.packed_matmul(x, *pieces, backend="reference"), whole)
+    named = dict(zip(fields, pieces, strict=True))
+    assert torch.equal(ops.packed_matmul(x, **named, backend="reference"), whole)
+
+
 def test_unknown_backend_is_refused() -> None:
     with pytest.raises(FewbitsError, match="choose one of auto, triton, reference"):
-        ops.packed_matmul(torch.randn(1, 64), *weight(4, 4, 64, 64), backend="magic")
+        ops.packed_matmul(torch.randn(1, 64), *weight(4, 4, 64, 64).flat(), backend="magic")
 
 
 CASE = Case("codes", 4, 64, 32, 64, 1, torch.float32, torch.device("cpu"))

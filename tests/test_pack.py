@@ -20,7 +20,8 @@ from fewbits.errors import FewbitsError
 from fewbits.kernels import native
 from fewbits.packed import PackResult, pack
 from fewbits.packed.float8 import Float8Linear
-from fewbits.packed.modules import CodesLinear, Int8Linear, Packed, TorchInt4Linear
+from fewbits.packed.int8 import Int8Linear
+from fewbits.packed.modules import CodesLinear, Packed, TorchInt4Linear
 from fewbits.packed.swap import held_bytes
 from fewbits.quantizer import Quantizer
 

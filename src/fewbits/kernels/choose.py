@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.kernels import fragments
+from fewbits.kernels.available import has_triton
 
 VARIABLE = "FEWBITS_KERNEL"
 #: Rows of a prompt, which kernels for fewer rows meet too. Only those within this factor of the fastest are asked it.
@@ -203,7 +203,7 @@ def _native(case: Case) -> str | None:
 def _triton(case: Case) -> str | None:
     if case.device.type != "cuda":
         return "it needs a GPU"
-    return None if _has_triton() else "the package triton is not installed"
+    return None if has_triton() else "the package triton is not installed"
 
 
 def _triton_mma(case: Case) -> str | None:
@@ -218,11 +218,6 @@ def _triton_mma(case: Case) -> str | None:
     if case.inputs % fragments.CHUNK or (case.group < case.inputs and case.group % fragments.CHUNK):
         return f"it takes groups and rows of multiples of {fragments.CHUNK} columns"
     return None if case.small else "zero points are no whole numbers of a code's size, or levels need 32 bits"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 _UNABLE: dict[str, Callable[[Case], str | None]] = {

@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fewbits.kernels import fragments, triton_finish, triton_fragments, triton_group, triton_int8, triton_vector
+from fewbits.kernels.operands import Beside, PackedWeight
 
 #: The bits of 1.0f, given at run time: see `triton_vector._mantissa`.
 ONE = 0x3F800000
@@ -32,69 +33,43 @@ FRAGMENT_ROWS = 32
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
-def packed_matmul(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    table: Tensor | None,
-    bits: int,
-    group: int,
-    bias: Tensor | None = None,
-    index: Tensor | None = None,
-    columns: Tensor | None = None,
-    starts: Tensor | None = None,
-    places: Tensor | None = None,
-    entries: Tensor | None = None,
-) -> Tensor:
+def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
     """`ops.packed_matmul` for `x` [m, in], on a GPU or in Triton's interpreter."""
     rows = x.shape[0]
-    outputs = words.shape[1]
     if rows == 0:
-        return x.new_empty(rows, outputs)
+        return x.new_empty(rows, weight.outputs)
     if x.stride(-1) != 1:
         x = x.contiguous()
-    beside = (bias, index, columns, starts, places, entries)
-    if rows <= VECTOR_ROWS and x.dtype in KINDS:
-        return _vectors(x, words, scale, zero, table, bits, group, beside)
-    return _matrix(x, words, scale, zero, table, bits, group, beside)
+    return (_vectors if rows <= VECTOR_ROWS and x.dtype in KINDS else _matrix)(x, weight)
 
 
-def _vectors(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    table: Tensor | None,
-    bits: int,
-    group: int,
-    beside: tuple[Tensor | None, ...],
-) -> Tensor:
+def _vectors(x: Tensor, weight: PackedWeight) -> Tensor:
     """A row at a time."""
-    (rows, inputs), outputs = x.shape, words.shape[1]
+    rows, inputs = x.shape
+    words, scale, zero, table, bits, group, outputs, beside = weight
     runs = words.shape[0] // bits
     given = x
     if inputs % 32 or x.stride(0) % 4 or x.data_ptr() % 8:
         given = F.pad(x, (0, runs * 32 - inputs)).contiguous()
     constants: dict[str, Any] = {"BITS": bits, "KIND": KINDS[x.dtype]}
     kernel: Any
-    weight: tuple[Any, ...]
+    held: tuple[Any, ...]
     if table is not None:
-        kernel, weight = triton_vector.table_kernel, (table,)
+        kernel, held = triton_vector.table_kernel, (table,)
         constants["PICK"] = table.dtype == torch.float16 and not INTERPRETED
     else:
-        kernel, weight = triton_vector.grid_kernel, (scale, zero)
+        kernel, held = triton_vector.grid_kernel, (scale, zero)
         constants["GROUP"] = 0 if group >= inputs else group // 32
 
     def run(config: Any) -> Tensor:
         meta = dict(config.kwargs)
         per_split = -(-runs // meta.pop("SPLITS"))
         splits = -(-runs // per_split)
-        plain = splits == 1 and all(held is None for held in beside)
+        plain = splits == 1 and beside.empty
         partial = x.new_empty(rows, outputs) if plain else _workspace(splits, rows, outputs, x.device)
         even = outputs % meta["BLOCK_N"] == 0
         kernel[(triton.cdiv(outputs, meta["BLOCK_N"]), rows, splits)](
-            given, words, *weight, partial, outputs, runs, per_split, given.stride(0), rows,
+            given, words, *held, partial, outputs, runs, per_split, given.stride(0), rows,
             *(() if table is not None else (ONE,)), **constants, **meta, EVEN=even, num_warps=config.num_warps,
         )  # fmt: skip
         return partial if plain else _finished(partial, x, beside)
@@ -104,30 +79,22 @@ def _vectors(
     return _tuned(key, configs, run)
 
 
-def _matrix(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    table: Tensor | None,
-    bits: int,
-    group: int,
-    beside: tuple[Tensor | None, ...],
-) -> Tensor:
+def _matrix(x: Tensor, weight: PackedWeight) -> Tensor:
     """Tiles of rows."""
-    (rows, inputs), outputs = x.shape, words.shape[1]
+    rows, inputs = x.shape
+    words, scale, zero, table, bits, group, outputs, beside = weight
     runs = words.shape[0] // bits
     block_rows = min(128, max(16, triton.next_power_of_2(rows)))
     splits, per_split = _splits(-(-rows // block_rows), outputs, runs, x.device)
     dummy = words
-    weight = (words, *(dummy if held is None else held for held in (scale, zero, table)))
-    plain = splits == 1 and all(held is None for held in beside)
+    held = tuple(dummy if given is None else given for given in (scale, zero, table))
+    plain = splits == 1 and beside.empty
 
     def run(config: Any) -> Tensor:
         partial = x.new_empty(rows, outputs) if plain else _workspace(splits, rows, outputs, x.device)
         grid = triton.cdiv(rows, block_rows), triton.cdiv(outputs, config.kwargs["BLOCK_N"]), splits
         triton_group._matrix_kernel[grid](
-            x, *weight, partial, inputs, outputs, runs, -(-group // 32), per_split, x.stride(0), rows,
+            x, words, *held, partial, inputs, outputs, runs, -(-group // 32), per_split, x.stride(0), rows,
             BITS=bits, TABLE=table is not None, **config.kwargs, num_warps=config.num_warps,
             num_stages=config.num_stages,
         )  # fmt: skip
@@ -137,27 +104,12 @@ def _matrix(
     return _tuned(key, [c for c in triton_group.MATRIX_CONFIGS if c.kwargs["BLOCK_M"] == block_rows], run)
 
 
-def fragment_matmul(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    table: Tensor | None,
-    bits: int,
-    group: int,
-    outputs: int,
-    bias: Tensor | None = None,
-    index: Tensor | None = None,
-    columns: Tensor | None = None,
-    starts: Tensor | None = None,
-    places: Tensor | None = None,
-    entries: Tensor | None = None,
-) -> Tensor:
+def fragment_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
     """`ops.fragment_matmul` for `x` [m, in], on a GPU or in Triton's interpreter."""
     rows, inputs = x.shape
+    words, scale, zero, table, bits, group, outputs, beside = weight
     if rows == 0:
         return x.new_empty(rows, outputs)
-    beside = (bias, index, columns, starts, places, entries)
     whole = group >= inputs
     unroll = 2 if inputs % 128 == 0 and (whole or group % 128 == 0) else 1
     bfloat = x.dtype == torch.bfloat16
@@ -180,7 +132,8 @@ def fragment_matmul(
             )
             return dense
 
-        return _beside(x, _tuned(("decode", *key), triton_fragments.DECODE_CONFIGS, decode), beside)
+        beside.lay_over(_tuned(("decode", *key), triton_fragments.DECODE_CONFIGS, decode))
+        return F.linear(x, dense, None if beside.bias is None else beside.bias.to(x.dtype))
     if x.stride(-1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
         x = x.contiguous()
     downs = triton.cdiv(rows, 8)
@@ -189,7 +142,7 @@ def fragment_matmul(
         meta = dict(config.kwargs)
         per_split = -(-chunks // meta.pop("SPLITS"))
         splits = -(-chunks // per_split)
-        plain = splits == 1 and all(given is None for given in beside)
+        plain = splits == 1 and beside.empty
         partial = x.new_empty(rows, outputs) if plain else _workspace(splits, rows, outputs, x.device)
         triton_fragments.fragment_kernel[(len(words), downs, splits)](
             x, words, *held, partial, rows, outputs, chunks, per_split, x.stride(0), magic, **constants, **meta,
@@ -201,40 +154,26 @@ def fragment_matmul(
     return _tuned(("fragments", downs, *key, *(given is None for given in beside)), configs, run)
 
 
-def _beside(x: Tensor, dense: Tensor, beside: tuple[Tensor | None, ...]) -> Tensor:
-    """x times the weight `dense` [out, in] and the parts beside it, which are laid over it in place."""
-    bias, index, columns, starts, places, entries = beside
-    if index is not None and columns is not None:
-        dense.index_add_(1, index, columns.T.to(dense.dtype))
-    if starts is not None and places is not None and entries is not None:
-        row = torch.repeat_interleave(
-            torch.arange(len(starts) - 1, device=x.device), starts.long().diff(), output_size=len(places)
-        )
-        dense.index_put_((row, places.long()), entries.to(dense.dtype), accumulate=True)
-    return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
-
-
 def _workspace(splits: int, rows: int, outputs: int, device: torch.device) -> Tensor:
     return torch.empty(splits, rows, outputs, dtype=torch.float32, device=device)
 
 
-def _finished(partial: Tensor, x: Tensor, beside: tuple[Tensor | None, ...]) -> Tensor:
+def _finished(partial: Tensor, x: Tensor, beside: Beside) -> Tensor:
     """What the splits `partial` [splits, rows, out] and the parts beside the codes add up to, in the type of `x`."""
     splits, rows, outputs = partial.shape
-    bias, index, _, starts, _, _ = beside
     out = x.new_empty(rows, outputs)
-    kept = 0 if index is None else len(index)
+    kept, sparse = 0 if beside.index is None else len(beside.index), beside.starts is not None
 
     def run(config: Any) -> Tensor:
         triton_finish._finish_kernel[(triton.cdiv(outputs, config.kwargs["BLOCK_N"]), rows)](
             partial, x, *(partial if given is None else given for given in beside), out, splits, rows, outputs,
             x.stride(0), kept,
-            BIAS=bias is not None, COLUMNS=kept > 0, SPARSE=starts is not None, ENTRIES=16, **config.kwargs,
+            BIAS=beside.bias is not None, COLUMNS=kept > 0, SPARSE=sparse, ENTRIES=16, **config.kwargs,
             num_warps=config.num_warps,
         )  # fmt: skip
         return out
 
-    key = ("finish", min(rows, 64), x.shape[1], outputs, splits, kept, starts is not None, x.dtype, x.device.index)
+    key = ("finish", min(rows, 64), x.shape[1], outputs, splits, kept, sparse, x.dtype, x.device.index)
     return _tuned(key, triton_finish.CONFIGS, run)
 
 

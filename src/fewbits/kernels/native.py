@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewbits.kernels.operands import PackedWeight
 from fewbits.kernels.words import RUN
 
 #: Rows of activations up to which codes are decoded on the fly; beyond, the weight is decoded once a product.
@@ -110,37 +111,16 @@ def packed_rows(words: Tensor) -> Tensor:
     return F.pad(words.T.reshape(-1), (0, 2))
 
 
-def product(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    table: Tensor | None,
-    bits: int,
-    group: int,
-    outputs: int,
-    bias: Tensor | None = None,
-    index: Tensor | None = None,
-    columns: Tensor | None = None,
-    starts: Tensor | None = None,
-    places: Tensor | None = None,
-    entries: Tensor | None = None,
-) -> Tensor:
-    """`ops.packed_matmul` for `x` [m, in] on the CPU, in float32.
-
-    words: of `packed_rows`. scale and offset (scale times zero point) are float32 [out, groups], table float32 [out,
-    2^bits].
-    """
+def product(x: Tensor, weight: PackedWeight) -> Tensor:
+    """`ops.native_matmul` for `x` [m, in] on the CPU, in float32."""
     rows, inputs = x.shape
+    words, scale, offset, table, bits, group, outputs, beside = weight
     runs = -(-inputs // RUN)
     group_runs = min(-(-group // RUN), runs)
     wide = x.float()
     if inputs % RUN:
         wide = F.pad(wide, (0, runs * RUN - inputs))
-    given = {
-        "words": words, "scale": scale, "offset": offset, "table": table, "bias": bias, "index": index,
-        "columns": columns, "starts": starts, "places": places, "entries": entries,
-    }  # fmt: skip
+    given = {"words": words, "scale": scale, "offset": offset, "table": table, **beside._asdict()}
     counts = {"rows": rows, "outputs": outputs, "runs": runs, "group_runs": group_runs}
     if rows <= FLY_ROWS:
         groups = -(-runs // group_runs)
@@ -149,16 +129,12 @@ def product(
         sums = None if scale is None else padded.reshape(rows, groups, group_runs * RUN).sum(-1)
         out = torch.empty(rows, outputs)
         held = {"x": wide, "sums": sums, "out": out, **given}
-        _call("fewbits_product", held, counts | {"kept": 0 if index is None else len(index)}, bits)
+        _call("fewbits_product", held, counts | {"kept": 0 if beside.index is None else len(beside.index)}, bits)
         return out.to(x.dtype)
-    weight = torch.empty(outputs, runs * RUN)
-    _call("fewbits_decode", {"out": weight, **given}, counts, bits)
-    if index is not None and columns is not None:
-        weight.index_add_(1, index, columns.T)
-    if starts is not None and places is not None and entries is not None:
-        row = torch.repeat_interleave(torch.arange(outputs), starts.long().diff())
-        weight.index_put_((row, places.long()), entries, accumulate=True)
-    return F.linear(x, weight[:, :inputs].to(x.dtype), None if bias is None else bias.to(x.dtype))
+    dense = torch.empty(outputs, runs * RUN)
+    _call("fewbits_decode", {"out": dense, **given}, counts, bits)
+    beside.lay_over(dense)
+    return F.linear(x, dense[:, :inputs].to(x.dtype), None if beside.bias is None else beside.bias.to(x.dtype))
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:

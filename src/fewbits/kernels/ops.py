@@ -7,14 +7,17 @@ graphs. Triton is imported when it is first used.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fewbits.errors import FewbitsError
 from fewbits.kernels import reference
+from fewbits.kernels.operands import ARGUMENTS, PackedWeight
 
 BACKENDS = ("auto", "triton", "reference")
 
@@ -49,114 +52,66 @@ def _launchers() -> Any:
     return launch
 
 
-def run_packed_matmul(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    table: Tensor | None,
-    bits: int,
-    group: int,
-    bias: Tensor | None = None,
-    index: Tensor | None = None,
-    columns: Tensor | None = None,
-    starts: Tensor | None = None,
-    places: Tensor | None = None,
-    entries: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+def run_packed_matmul(x: Tensor, weight: PackedWeight, backend: str = "auto") -> Tensor:
     """`x` [..., in] times a packed weight, [..., out] in the type of `x`; sums in float32.
 
-    words: int32 [ceil(in / 32) * bits, out] (`kernels.words`). Either `scale` and `zero` [groups, out], the weight then
-    being (code - zero) * scale with `group` columns a group (a multiple of 32, or at least `in`); or `table`
-    [2^bits, out], one level a code. Laid over it are added: `columns` [kept, out] at the inputs `index` int64 [kept],
-    and the compressed sparse rows `starts` int32 [out + 1], `places` int32 [entries], `entries`. Then `bias` [out].
+    words: [ceil(in / 32) * bits, out] of `kernels.words`.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    given = (words, scale, zero, table, bits, group, bias, index, columns, starts, places, entries)
     run = _launchers().packed_matmul if _triton(backend, x) else reference.packed_matmul
-    return run(flat, *given).reshape(*x.shape[:-1], words.shape[1]).contiguous()
+    return _of_rows(run, x, weight)
 
 
-packed_matmul = torch.library.custom_op("fewbits::packed_matmul", mutates_args=())(run_packed_matmul)
+def run_fragment_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
+    """`run_packed_matmul` on a GPU's matrix units, for float16 and bfloat16 `x`.
 
-
-@packed_matmul.register_fake
-def _(x: Tensor, words: Tensor, *_: Any, **__: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], words.shape[1])
-
-
-def run_fragment_matmul(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    table: Tensor | None,
-    bits: int,
-    group: int,
-    outputs: int,
-    bias: Tensor | None = None,
-    index: Tensor | None = None,
-    columns: Tensor | None = None,
-    starts: Tensor | None = None,
-    places: Tensor | None = None,
-    entries: Tensor | None = None,
-) -> Tensor:
-    """`packed_matmul` on a GPU's matrix units, for float16 and bfloat16 `x`.
-
-    words: int32 [ceil(out / 16), in / 64, bits, 32] of `kernels.fragments`, in nibbles where there is a table. group: a
+    words: [ceil(out / 16), in / 64, bits, 32] of `kernels.fragments`, in nibbles where there is a table. group: a
     multiple of 64 columns, or at least `in`. zero: whole numbers up to 15. Weights are rounded to 16 bits when there
     are more than some tens of rows.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    given = (words, scale, zero, table, bits, group, outputs, bias, index, columns, starts, places, entries)
-    return _launchers().fragment_matmul(flat, *given).reshape(*x.shape[:-1], outputs).contiguous()
+    return _of_rows(_launchers().fragment_matmul, x, weight)
 
 
-fragment_matmul = torch.library.custom_op("fewbits::fragment_matmul", mutates_args=())(run_fragment_matmul)
+def run_native_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
+    """`run_packed_matmul` by compiled C on a CPU, whose order of the same tensors is another (`kernels.native`).
 
-
-@fragment_matmul.register_fake
-def _(x: Tensor, words: Tensor, *rest: Any, outputs: int | None = None, **__: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rest[5] if outputs is None else outputs)
-
-
-def run_native_matmul(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    table: Tensor | None,
-    bits: int,
-    group: int,
-    outputs: int,
-    bias: Tensor | None = None,
-    index: Tensor | None = None,
-    columns: Tensor | None = None,
-    starts: Tensor | None = None,
-    places: Tensor | None = None,
-    entries: Tensor | None = None,
-) -> Tensor:
-    """`packed_matmul` by compiled C on a CPU, whose order of the same tensors is another (`kernels.native`).
-
-    words: int32, flat, of `native.packed_rows`; scale and offset (scale times zero
-    point) float32 [out, groups]; table float32 [out, 2^bits].
+    words: flat, of `native.packed_rows`; scale, and for `zero` scale times zero point, float32 [out, groups]; table
+    float32 [out, 2^bits].
     """
     from fewbits.kernels import native
 
-    flat = x.reshape(-1, x.shape[-1])
-    given = (words, scale, offset, table, bits, group, outputs, bias, index, columns, starts, places, entries)
-    return native.product(flat, *given).reshape(*x.shape[:-1], outputs).contiguous()
+    return _of_rows(native.product, x, weight)
 
 
-native_matmul = torch.library.custom_op("fewbits::native_matmul", mutates_args=(), device_types="cpu")(
-    run_native_matmul
-)
+def _of_rows(run: Callable[[Tensor, PackedWeight], Tensor], x: Tensor, weight: PackedWeight) -> Tensor:
+    """`run`, which takes [m, in], on [..., in]."""
+    return run(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.outputs).contiguous()
 
 
-@native_matmul.register_fake
-def _(x: Tensor, words: Tensor, *rest: Any, outputs: int | None = None, **__: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rest[5] if outputs is None else outputs)
+def _op(run: Callable[..., Tensor], options: str = "", device: str | None = None) -> CustomOpDef:
+    """The op of torch that does what `run` does; it takes a weight in pieces, `PackedWeight.flat`."""
+
+    def whole(x: Tensor, *pieces: Any, **named: Any) -> Tensor:
+        return run(x, PackedWeight.of(pieces), **named)
+
+    def shaped(x: Tensor, *pieces: Any, **_: Any) -> Tensor:
+        return x.new_empty(*x.shape[:-1], PackedWeight.of(pieces).outputs)
+
+    name = run.__name__.removeprefix("run_")
+    schema = f"({ARGUMENTS}{options}) -> Tensor"
+    op = torch.library.custom_op(f"fewbits::{name}", whole, mutates_args=(), device_types=device, schema=schema)
+    op.register_fake(shaped)
+    return op
+
+
+packed_matmul = _op(run_packed_matmul, options=', *, str backend="auto"')
+fragment_matmul = _op(run_fragment_matmul)
+native_matmul = _op(run_native_matmul, device="cpu")
+
+
+def multiply(run: Callable[..., Tensor], op: CustomOpDef, x: Tensor, weight: PackedWeight, **named: str) -> Tensor:
+    """`run`, or the op made of it where something traces or differentiates."""
+    out: Tensor = run(x, weight, **named) if eager(x) else op(x, *weight.flat(), **named)
+    return out
 
 
 def run_native_int8_product(a: Tensor, b: Tensor) -> Tensor:

@@ -5,55 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewbits.kernels.operands import PackedWeight
 from fewbits.kernels.words import RUN
 
 
-def packed_matmul(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    table: Tensor | None,
-    bits: int,
-    group: int,
-    bias: Tensor | None = None,
-    index: Tensor | None = None,
-    columns: Tensor | None = None,
-    starts: Tensor | None = None,
-    places: Tensor | None = None,
-    entries: Tensor | None = None,
-) -> Tensor:
+def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
     """`ops.packed_matmul` by decoding the weight whole, in float32, and rounding it to the type of `x`."""
-    weight = decode(words, scale, zero, table, bits, group, x.shape[-1])
-    if index is not None and columns is not None:
-        weight.index_add_(0, index, columns.to(weight.dtype))
-    if starts is not None and places is not None and entries is not None:
-        row = torch.repeat_interleave(torch.arange(len(starts) - 1, device=x.device), starts.long().diff())
-        weight.index_put_((places.long(), row), entries.to(weight.dtype), accumulate=True)
-    out = x @ weight.to(x.dtype)
+    dense = decode(weight, x.shape[-1])
+    weight.beside.lay_over(dense.T)
+    out, bias = x @ dense.to(x.dtype), weight.beside.bias
     return out if bias is None else out + bias.to(x.dtype)
 
 
-def decode(
-    words: Tensor, scale: Tensor | None, zero: Tensor | None, table: Tensor | None, bits: int, group: int, inputs: int
-) -> Tensor:
-    """The weight [in, out] of packed codes with `scale` and `zero` [groups, out], or with `table` [2^bits, out].
-
-    float32, or float64 where scale or table are.
-    """
+def decode(weight: PackedWeight, inputs: int) -> Tensor:
+    """What the codes of a weight alone stand for, [in, out]; float32, or float64 where scale or table are."""
+    words, scale, zero, table, bits, group, outputs, _ = weight
+    places = words.shape[0] // bits * RUN
     if table is not None:
-        codes = torch.empty(words.shape[0] // bits * RUN, words.shape[1], dtype=torch.int64, device=words.device)
+        codes = torch.empty(places, outputs, dtype=torch.int64, device=words.device)
         return table.to(_wide(table)).gather(0, unpack_into(codes, words, bits)[:inputs])
     assert scale is not None and zero is not None
     wide = _wide(scale)
-    weight = torch.empty(words.shape[0] // bits * RUN, words.shape[1], dtype=wide, device=words.device)
-    weight = unpack_into(weight, words, bits)[:inputs]
+    dense = torch.empty(places, outputs, dtype=wide, device=words.device)
+    dense = unpack_into(dense, words, bits)[:inputs]
     groups, whole = inputs // group, inputs // group * group
-    for part, at in ((weight[:whole], slice(0, groups)), (weight[whole:], slice(groups, None))):
+    for part, at in ((dense[:whole], slice(0, groups)), (dense[whole:], slice(groups, None))):
         if len(part):
             grouped = part.unflatten(0, (-1, min(group, len(part))))
             grouped.sub_(zero[at].to(wide).unsqueeze(1)).mul_(scale[at].to(wide).unsqueeze(1))
-    return weight
+    return dense
 
 
 def unpack_into(out: Tensor, words: Tensor, bits: int) -> Tensor:

@@ -11,15 +11,8 @@ from torch import nn
 from fewbits.export.layers import Layer
 from fewbits.formats import Float8
 from fewbits.packed.float8 import Float8Linear, float8_activations, float8_codes
-from fewbits.packed.modules import (
-    CodesLinear,
-    FragmentLinear,
-    Int8Linear,
-    NativeLinear,
-    Packed,
-    TorchInt4Linear,
-    integer_activations,
-)
+from fewbits.packed.int8 import Int8Linear, integer_activations
+from fewbits.packed.modules import CodesLinear, FragmentLinear, NativeLinear, Packed, TorchInt4Linear
 from fewbits.packed.weight import KernelWeight, kernel_weight
 from fewbits.quantizer import Quantizer
 

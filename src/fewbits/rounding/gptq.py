@@ -8,7 +8,6 @@ kept in full precision at the end of that order, where they take up the error of
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format, Params, ParamSpec, PerChannel, PerTensor, Uniform
+from fewbits.kernels.available import has_triton
 from fewbits.rounding.hessian import panels
 from fewbits.rounding.precision import full_float32
 
@@ -384,7 +384,7 @@ def fuses(fmt: Format, w: Tensor) -> bool:
     if type(fmt) is not Uniform or w.dtype != torch.float32 or not w.is_cuda:
         return False
     plain = fmt.rounding == "half_even" and fmt.order == "round_then_shift" and not fmt.fractional
-    return plain and importlib.util.find_spec("triton") is not None
+    return plain and has_triton()
 
 
 def _is_whole(value: Tensor, spec: ParamSpec) -> bool:

@@ -1,0 +1,119 @@
+"""Linear layers in 8-bit integers: int8 codes on both sides of the product, summed in int32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fewbits.formats import Uniform
+from fewbits.kernels import ops, reference
+from fewbits.kernels.choose import padded_int_mm
+from fewbits.packed.modules import Packed
+from fewbits.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    from fewbits.packed.weight import KernelWeight
+
+#: Quantized rows: codes, scales, zero points, sums of the codes.
+Rows = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Int8Linear(Packed):
+    """int8 weights and activations quantized to int8 on the way in: sums in int32, one rounding to the output."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    sums: Tensor
+
+    def __init__(self, weight: KernelWeight, bias: Tensor | None, kernel: str, activations: Quantizer) -> None:
+        super().__init__(weight.codes.shape, bias, kernel)
+        assert weight.scale is not None and weight.zero is not None
+        shift = 128 if weight.bits == 8 else 0
+        codes = (weight.codes.to(torch.int16) - shift).to(torch.int8)
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scale", weight.scale.float().reshape(-1))
+        self.register_buffer("zero", weight.zero.float().reshape(-1) - shift)
+        self.register_buffer("sums", codes.sum(-1, dtype=torch.int32))
+        self.symmetric = not bool(self.zero.any())
+        self.activations = activations
+        self.rows = row_grid(activations)
+
+    def product(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        eager = ops.eager(x)
+        quantized = self._quantized(flat, ops.run_quantize_rows if eager else ops.quantize_rows)
+        if self.kernel in ("torch_int_mm", "native"):
+            in_c = ops.run_native_int8_product if eager else ops.native_int8_product
+            multiply = padded_int_mm if self.kernel == "torch_int_mm" else in_c
+            product = multiply(quantized[0], self.codes)
+            out = reference.int8_matmul(
+                quantized[0], self.codes, *quantized[1:], self.scale, self.zero, self.sums, self.bias, x.dtype, product
+            )
+        else:
+            run = ops.run_int8_matmul if eager else ops.int8_matmul
+            out = run(
+                quantized[0], self.codes, *quantized[1:], self.scale, self.zero, self.sums, self.bias, x.dtype,
+                self.symmetric, backend=self.kernel,
+            )  # fmt: skip
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def _quantized(self, flat: Tensor, quantize_rows: Callable[..., Any]) -> Rows:
+        """(codes, scales, zeros, sums) of the rows."""
+        fmt = self.activations.spec.format
+        assert isinstance(fmt, Uniform)
+        backend = self.kernel if self.kernel in ops.BACKENDS else "auto"
+        if self.rows is not None:
+            params = {} if self.activations.spec.dynamic else self.activations.params
+            scale = fmt.scale_of(params) if params else None
+            zero = params.get("zero_point", torch.zeros_like(scale)) if scale is not None else None
+            symmetric, floor = self.rows
+            made: Rows = quantize_rows(flat, scale, zero, fmt.q_min, fmt.q_max, symmetric, floor, backend=backend)
+            return made
+        params = self.activations._spread(flat)
+        shift = 128 if fmt.q_max > 127 else 0
+        codes = (fmt.encode(flat, params).to(torch.int16) - shift).to(torch.int8)
+        scale = fmt.scale_of(params).reshape(-1).expand(len(flat)).contiguous()
+        zero = params.get("zero_point", torch.zeros_like(fmt.scale_of(params))).reshape(-1).expand(len(flat)) - shift
+        return codes, scale, zero.contiguous(), codes.sum(-1, dtype=torch.int32)
+
+    def decoded(self) -> Tensor:
+        return (self.codes.float() - self.zero[:, None]) * self.scale[:, None]
+
+
+def integer_activations(quantizer: Quantizer) -> str | None:
+    """Why 8-bit activations of a quantizer cannot be multiplied as integers; None where they can."""
+    spec = quantizer.spec
+    fmt, grain = spec.format, spec.granularity
+    if not isinstance(fmt, Uniform) or fmt.bits > 8 or fmt.zero_point == "real":
+        return "its grid is not a uniform one of at most 8 bits with whole zero points"
+    if not (grain.kind == "tensor" or (grain.kind == "token" and getattr(grain, "axis", None) == -1 and spec.dynamic)):
+        return f"its parameters vary per {grain.describe()}, not per tensor or token"
+    if not spec.dynamic and not quantizer.ready:
+        return "it is not calibrated yet"
+    return None
+
+
+def row_grid(quantizer: Quantizer) -> tuple[bool, float] | None:
+    """(symmetric, floor) where `ops.quantize_rows` makes exactly the codes of a quantizer; else None."""
+    from fewbits.ranges import AbsMax, MinMax
+
+    spec, fmt = quantizer.spec, quantizer.spec.format
+    assert isinstance(fmt, Uniform)
+    if fmt.rounding != "half_even" or (fmt.order != "round_then_shift" and fmt.zero_point != "none"):
+        return None
+    if not spec.dynamic:
+        return False, 0.0
+    if spec.granularity.kind != "token" or type(fmt) is not Uniform:
+        return None
+    plain = (fmt.eps, fmt.min_span, fmt.zero_range, fmt.arithmetic) == (1e-20, 0.0, "unit", "float32")
+    if not plain:
+        return None
+    middle = fmt.zero_point == ("none" if fmt.signed else "middle")
+    if isinstance(spec.range, AbsMax) and fmt.step == "positive" and middle:
+        return True, spec.range.floor
+    affine = Uniform(bits=fmt.bits, signed=fmt.signed, narrow=fmt.narrow)
+    return (False, 0.0) if isinstance(spec.range, MinMax) and fmt == affine else None
