@@ -2,8 +2,9 @@
 
     python benchmarks/onnx_speed.py --zoo ZOO --data DATA --threads 2 --out onnx_speed.jsonl
 
-Three questions. W8A8 classifiers of the ZOO against their float32 files; the same in onnxruntime's precise mode, which
-CPUs without VNNI need for right answers. A chain of 4096 x 4096 layers whose 4-bit weights exceed the last cache, one
+Three questions. W8A8 classifiers of the ZOO against their float32 files (the ResNet with bytes at the inputs of layers,
+as most recipes have them, and where integer devices make them); the same in onnxruntime's precise mode, which CPUs
+without VNNI need for right answers. A chain of 4096 x 4096 layers whose 4-bit weights exceed the last cache, one
 row at a time, as decoding does. And a small language model of the ZOO on one token, whose weights lie in the cache.
 Language models come without a cache of keys and values here: this is the cost of the weights, not of generation.
 Each row holds the median and the least time of each file; ratios are of medians, `best_ratio`s of least times, which a
@@ -37,6 +38,7 @@ from fewbits.hub.loaded import LoadedModel
 from fewbits.hub.models import load_model
 from fewbits.workflow import quantize_reference
 
+CLASSIFIERS = (("resnet10t_w32", "rtn"), ("resnet10t_w32", "jacob-integer-only"), ("vit_tiny", "rtn"))
 WIDTH, DEPTH = 4096, 8
 
 
@@ -86,10 +88,10 @@ def row(what: str, shape: str, file: Path, found: dict[str, list[float]]) -> dic
     return made
 
 
-def classifier(name: str, args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    saved, folder = work / name, work / f"{name}-onnx"
+def classifier(name: str, recipe: str, args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    saved, folder = work / f"{name}-{recipe}", work / f"{name}-{recipe}-onnx"
     quantize_reference(
-        args.zoo / name, "rtn", "W8A8", out=saved, samples=32, options={"target": "onnxruntime"},
+        args.zoo / name, recipe, "W8A8", out=saved, samples=32, options={"target": "onnxruntime"},
         calib=args.data / "cifar10/calibration.parquet",
     )  # fmt: skip
     loaded = checkpoint.load(saved)
@@ -109,7 +111,7 @@ def classifier(name: str, args: argparse.Namespace, work: Path) -> list[dict[str
     found = []
     for size in (1, 16):
         x = torch.randn(size, *batch.shape[1:], generator=torch.Generator().manual_seed(0)).numpy()
-        found.append(row(f"{name} W8A8", f"batch {size}", file, measure(sessions, {"input": x}, args.seconds)))
+        found.append(row(f"{name} {recipe} W8A8", f"batch {size}", file, measure(sessions, {"input": x}, args.seconds)))
     return found
 
 
@@ -153,8 +155,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        for name in ("resnet10t_w32", "vit_tiny"):
-            keep(classifier(name, args, work))
+        for name, recipe in CLASSIFIERS:
+            keep(classifier(name, recipe, args, work))
         opt = load_model(args.zoo / "opt")
         ids = {f"{count} token(s)": {"input_ids": np.full((1, count), 7)} for count in (1, 32)}
         batch = {"input_ids": torch.full((2, 16), 7), "use_cache": False}

@@ -91,11 +91,16 @@ class Codes:
         """Raises `FewbitsError`, naming the worst site, where codes differ by more than one, at no tie, or often."""
         for name, counts in sorted(self.counts.items(), key=lambda item: (-item[1].apart, item[1].equal)):
             if counts.wrong:
+                fmt = self.quantizers[name].spec.format
+                other = isinstance(fmt, Uniform) and fmt.rounding != "half_even"
+                advice = (
+                    "; ONNX rounds ties to even: quantize with --target onnxruntime, which does too" if other else ""
+                )
                 raise FewbitsError(
                     f"onnxruntime makes other codes than the simulation of the same tensor at {name}: "
                     f"{counts.different} of {counts.values} differ, by {counts.apart} at most, {counts.astray} of them "
                     f"at values that do not lie between two codes (by {APART} at {100 * SHARE:g} % is allowed, at "
-                    "values that do)"
+                    f"values that do){advice}"
                 )
 
     def report(self) -> dict[str, Any]:
