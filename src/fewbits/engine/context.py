@@ -265,7 +265,13 @@ class UnitContext(ModelContext):
         return Samples.join(trees, self._sizes(), f"unit {self.name}")
 
     def targets(self, device: torch.device | None = None) -> Samples:
-        """The float unit's outputs on float inputs, joined by sample on a device, for steps with `gradients`."""
+        """The float unit's outputs on float inputs, joined by sample on a device.
+
+        Raises `FewbitsError` where they were not kept: of the last unit they are, for a recipe with a step of
+        `gradients`.
+        """
+        if ("float", self.unit.name, 0, 0) not in self.run.store:
+            raise FewbitsError(f"unit {self.name}: float outputs are kept for recipes with a step that has `gradients`")
         trees = [
             _at(device, self.run.store.get(("float", self.unit.name, number, use)))
             for number in range(len(self.run.sizes))

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewbits.attach import Attachment
 from fewbits.errors import FewbitsError
 from fewbits.formats import Uniform
-from fewbits.graph.operands import parameter, read
+from fewbits.graph.operands import read
 from fewbits.graph.types import Site
 from fewbits.outliers.parts import Part
 from fewbits.quantizer import Quantizer
@@ -128,11 +128,3 @@ def unquantized_state(attachment: Attachment, layers: list[Layer]) -> dict[str, 
     coded = {layer.site.param for layer in layers}
     state = attachment.model.state_dict(keep_vars=False)
     return {clean(name): value.detach().cpu() for name, value in state.items() if clean(name) not in coded}
-
-
-def bias_of(layer: Layer) -> Tensor | None:
-    """The bias of the module that holds the layer's weight, where it has one under that name."""
-    try:
-        return parameter(layer.attachment.model, f"{layer.module}.bias").detach()
-    except (FewbitsError, AssertionError):
-        return None

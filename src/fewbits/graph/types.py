@@ -235,9 +235,6 @@ class Graph:
         ref = call.bound.get(slot)
         return self.values[ref.value].param if isinstance(ref, Ref) else None
 
-    def unit_of(self, path: str) -> Unit | None:
-        return next((unit for unit in self.units if unit.contains(path)), None)
-
     def replay(self, value_id: int, source: torch.Tensor) -> torch.Tensor:
         """The value a recorded parameter-derived value has when its parameter is `source`, of the parameter's shape.
 

@@ -118,19 +118,6 @@ def _twice(value, BFLOAT: tl.constexpr):
 
 
 @triton.jit
-def _word(w, N: tl.constexpr):
-    w0, w1, w2, w3 = w
-    if N == 0:  # noqa: SIM116 a compiled function has no dictionaries
-        return w0
-    elif N == 1:
-        return w1
-    elif N == 2:
-        return w2
-    else:
-        return w3
-
-
-@triton.jit
 def _pair(w, magic, P: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.constexpr):
     """Pair P of a lane's words, as the lower bits of two numbers whose upper bits are `magic`."""
     N: tl.constexpr = P // (16 // BITS)
@@ -140,7 +127,7 @@ def _pair(w, magic, P: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.constexpr):
     NTH: tl.constexpr = P % (16 // BITS)
     SHARED: tl.constexpr = (7 if BFLOAT else 10) // BITS
     DOWN: tl.constexpr = NTH // SHARED * SHARED * BITS
-    value = (_word(w, N) >> DOWN) & (((1 << BITS) - 1) * 0x10001 << NTH % SHARED * BITS)
+    value = (w[N] >> DOWN) & (((1 << BITS) - 1) * 0x10001 << NTH % SHARED * BITS)
     return (value | magic.to(tl.uint32)).to(tl.int32, bitcast=True)
 
 
@@ -159,11 +146,11 @@ def _operand(w, magic, zero, P: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.con
 def _nibble_word(w, M: tl.constexpr, BITS: tl.constexpr):
     """Eight nibbles, the codes of step M."""
     if BITS == 4:
-        return _word(w, M)
+        return w[M]
     elif BITS == 2:
-        return (_word(w, M // 2) >> 2 * (M % 2)) & 0x33333333
+        return (w[M // 2] >> 2 * (M % 2)) & 0x33333333
     elif M < 3:
-        return _word(w, M) & 0x77777777
+        return w[M] & 0x77777777
     else:
         return ((w[0] >> 3) & 0x11111111) | ((w[1] >> 2) & 0x22222222) | ((w[2] >> 1) & 0x44444444)
 

@@ -9,33 +9,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MATRIX_CONFIGS = [
-    triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, num_warps=warps, num_stages=stages)
-    for m, n, k, warps, stages in (
-        (128, 256, 128, 8, 3),
-        (128, 256, 64, 8, 4),
-        (256, 128, 64, 8, 4),
-        (128, 128, 128, 4, 3),
-        (128, 128, 128, 8, 4),
-        (64, 128, 128, 4, 4),
-        (64, 64, 128, 4, 4),
-        (32, 64, 128, 4, 4),
-        (16, 64, 256, 4, 4),
-    )
-]
 
-COPIED_CONFIGS = [
-    triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, num_warps=warps, num_stages=stages)
-    for m, n, k, warps, stages in (
-        (128, 256, 128, 8, 3),
-        (128, 256, 128, 8, 4),
-        (256, 128, 128, 8, 3),
-        (256, 128, 128, 8, 4),
-        (128, 256, 64, 8, 4),
-        (128, 128, 128, 4, 4),
-        (128, 128, 128, 8, 4),
-    )
-]
+def _tilings(*sizes: tuple[int, int, int, int, int]) -> list[triton.Config]:
+    """Of (rows, columns, depth, warps, stages)."""
+    return [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, num_warps=warps, num_stages=stages)
+        for m, n, k, warps, stages in sizes
+    ]
+
+
+MATRIX_CONFIGS = _tilings(
+    (128, 256, 128, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (128, 128, 128, 4, 3), (128, 128, 128, 8, 4),
+    (64, 128, 128, 4, 4), (64, 64, 128, 4, 4), (32, 64, 128, 4, 4), (16, 64, 256, 4, 4),
+)  # fmt: skip
+COPIED_CONFIGS = _tilings(
+    (128, 256, 128, 8, 3), (128, 256, 128, 8, 4), (256, 128, 128, 8, 3), (256, 128, 128, 8, 4), (128, 256, 64, 8, 4),
+    (128, 128, 128, 4, 4), (128, 128, 128, 8, 4),
+)  # fmt: skip
 
 
 @triton.jit

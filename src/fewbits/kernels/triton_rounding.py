@@ -35,6 +35,14 @@ def _grid_at(at, columns, scale, zero, scale_row, scale_column, zero_row, zero_c
 
 
 @triton.jit
+def _soft_code(alpha, low, z, at, there, SHIFTED: tl.constexpr, LOWEST: tl.constexpr, SPAN: tl.constexpr):
+    """(code before it is clamped, slope of its share in alpha)."""
+    h, slope = _share(tl.load(alpha + at, mask=there, other=0.0), LOWEST, SPAN)
+    code = tl.load(low + at, mask=there, other=0.0) + h
+    return code if SHIFTED else code + z, slope
+
+
+@triton.jit
 def _soft_kernel(
     alpha, low, scale, zero, out, total, columns, scale_row, scale_column, zero_row, zero_column,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SHIFTED: tl.constexpr, LOWEST: tl.constexpr, SPAN: tl.constexpr,
@@ -43,10 +51,7 @@ def _soft_kernel(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = at < total
     s, z = _grid_at(at, columns, scale, zero, scale_row, scale_column, zero_row, zero_column, there)
-    h, _ = _share(tl.load(alpha + at, mask=there, other=0.0), LOWEST, SPAN)
-    code = tl.load(low + at, mask=there, other=0.0) + h
-    if not SHIFTED:
-        code += z
+    code, _ = _soft_code(alpha, low, z, at, there, SHIFTED, LOWEST, SPAN)
     tl.store(out + at, (tl.minimum(tl.maximum(code, QMIN), QMAX) - z) * s, mask=there)
 
 
@@ -59,10 +64,7 @@ def _soft_gradient_kernel(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = at < total
     s, z = _grid_at(at, columns, scale, zero, scale_row, scale_column, zero_row, zero_column, there)
-    h, slope = _share(tl.load(alpha + at, mask=there, other=0.0), LOWEST, SPAN)
-    code = tl.load(low + at, mask=there, other=0.0) + h
-    if not SHIFTED:
-        code += z
+    code, slope = _soft_code(alpha, low, z, at, there, SHIFTED, LOWEST, SPAN)
     g = tl.load(gradient + at, mask=there, other=0.0) * s * slope
     tl.store(out + at, tl.where((code >= QMIN) & (code <= QMAX), g, 0.0), mask=there)
 

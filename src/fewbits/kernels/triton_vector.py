@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fewbits.kernels.triton_words import load_words
+
 
 def configs(outputs: int, runs: int, processors: int) -> list[triton.Config]:
     """Tilings worth timing for a weight of so many outputs and runs: enough warps a processor to hide its memory."""
@@ -31,46 +33,6 @@ def configs(outputs: int, runs: int, processors: int) -> list[triton.Config]:
             if splits == 1 or (runs >= splits * tall and work <= most and work < 2 * splits * least):
                 found.append(triton.Config({"RUNS": tall, "BLOCK_N": block, "SPLITS": splits}, num_warps=warps))
     return found
-
-
-@triton.jit
-def _word(words, run, column, inside, outputs, WORD: tl.constexpr, BITS: tl.constexpr):
-    """uint32 [runs, outputs]: word number WORD of each run."""
-    at = words + (run[:, None] * BITS + (WORD if WORD < BITS else 0)).to(tl.int64) * outputs + column[None, :]
-    return tl.load(at, mask=inside, other=0).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _words(words, run, column, inside, outputs, BITS: tl.constexpr):
-    """The words of each run in eight places, of which the first BITS are used."""
-    return (
-        _word(words, run, column, inside, outputs, 0, BITS), _word(words, run, column, inside, outputs, 1, BITS),
-        _word(words, run, column, inside, outputs, 2, BITS), _word(words, run, column, inside, outputs, 3, BITS),
-        _word(words, run, column, inside, outputs, 4, BITS), _word(words, run, column, inside, outputs, 5, BITS),
-        _word(words, run, column, inside, outputs, 6, BITS), _word(words, run, column, inside, outputs, 7, BITS),
-    )  # fmt: skip
-
-
-@triton.jit
-def _pick(w, WORD: tl.constexpr):
-    """The word of a run with a constant number."""
-    w0, w1, w2, w3, w4, w5, w6, w7 = w
-    if WORD == 0:  # noqa: SIM116 a compiled function has no dictionaries
-        return w0
-    elif WORD == 1:
-        return w1
-    elif WORD == 2:
-        return w2
-    elif WORD == 3:
-        return w3
-    elif WORD == 4:
-        return w4
-    elif WORD == 5:
-        return w5
-    elif WORD == 6:
-        return w6
-    else:
-        return w7
 
 
 @triton.jit
@@ -96,9 +58,9 @@ def _mantissa(w, one, BIT: tl.constexpr, WORD: tl.constexpr, STEP: tl.constexpr,
     one: the bits of 1.0f. Only as a number that the compiler does not know does it join the mask in one instruction.
     """
     SHIFT: tl.constexpr = STEP - BIT
-    value = _pick(w, WORD) << SHIFT if SHIFT >= 0 else _pick(w, WORD) >> -SHIFT
+    value = w[WORD] << SHIFT if SHIFT >= 0 else w[WORD] >> -SHIFT
     if BIT + BITS > 32:
-        value = value | (_pick(w, WORD + 1) << 32 + SHIFT)
+        value = value | (w[WORD + 1] << 32 + SHIFT)
     return ((value & (((1 << BITS) - 1) << STEP)) | one.to(tl.uint32)).to(tl.float32, bitcast=True)
 
 
@@ -166,7 +128,7 @@ def grid_kernel(
         asked = at + tl.arange(0, RUNS)
         run = tl.minimum(asked, stop - 1)  # what is read twice counts once: its scale is zero
         inside = (asked < stop)[:, None] & there[None, :]
-        w = _words(words, run, column, inside, outputs, BITS)
+        w = load_words(words, run, column, inside, outputs, BITS)
         step, offset = _grid(scale, zero, run, column, inside, outputs, GROUP)
         sums = (none, none, none, nil, nil, nil)
         for c in tl.static_range(32):
@@ -180,9 +142,9 @@ def _nibbles(w, EIGHT: tl.constexpr, BITS: tl.constexpr):
     """uint32 [runs, outputs]: codes 8 EIGHT to 8 EIGHT + 7 of each run, four bits apart. BITS: at most 4."""
     WORD: tl.constexpr = EIGHT * 8 * BITS // 32
     BIT: tl.constexpr = EIGHT * 8 * BITS % 32
-    value = _pick(w, WORD) >> BIT
+    value = w[WORD] >> BIT
     if BIT + 8 * BITS > 32:
-        value = value | (_pick(w, WORD + 1) << 32 - BIT)
+        value = value | (w[WORD + 1] << 32 - BIT)
     if BITS < 4:  # halves, quarters and codes apart, each by what is missing to nibbles
         LOOSE: tl.constexpr = 4 - BITS
         FOUR: tl.constexpr = (1 << 4 * BITS) - 1
@@ -273,7 +235,7 @@ def table_kernel(
         asked = at + tl.arange(0, RUNS)
         run = tl.minimum(asked, stop - 1)
         inside = (asked < stop)[:, None] & there[None, :]
-        w = _words(words, run, column, inside, outputs, BITS)
+        w = load_words(words, run, column, inside, outputs, BITS)
         total = tl.zeros((RUNS, BLOCK_N), tl.float32)
         for eight in tl.static_range(4):
             nibbles = _nibbles(w, eight, BITS)

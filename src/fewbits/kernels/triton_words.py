@@ -11,44 +11,45 @@ import triton.language as tl
 
 
 @triton.jit
-def word_tile(words, run, column, inside, outputs, WORD: tl.constexpr, BITS: tl.constexpr):
-    """uint32 [runs, 1, outputs]: word number WORD of each run; 0 where `inside` is False."""
-    at = words + (run[:, None] * BITS + WORD).to(tl.int64) * outputs + column[None, :]
-    return tl.load(at, mask=inside, other=0).to(tl.uint32, bitcast=True)[:, None, :]
+def load_word(words, run, column, inside, outputs, WORD: tl.constexpr, BITS: tl.constexpr):
+    """uint32 [runs, outputs]: word number WORD of each run, the first where there are fewer; 0 where not `inside`."""
+    at = words + (run[:, None] * BITS + (WORD if WORD < BITS else 0)).to(tl.int64) * outputs + column[None, :]
+    return tl.load(at, mask=inside, other=0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def load_words(words, run, column, inside, outputs, BITS: tl.constexpr):
-    """The words of each run, eight places of which the first BITS are used."""
-    w0 = word_tile(words, run, column, inside, outputs, 0, BITS)
-    w1 = word_tile(words, run, column, inside, outputs, 1 if BITS > 1 else 0, BITS)
-    w2 = word_tile(words, run, column, inside, outputs, 2 if BITS > 2 else 0, BITS)
-    w3 = word_tile(words, run, column, inside, outputs, 3 if BITS > 3 else 0, BITS)
-    w4 = word_tile(words, run, column, inside, outputs, 4 if BITS > 4 else 0, BITS)
-    w5 = word_tile(words, run, column, inside, outputs, 5 if BITS > 5 else 0, BITS)
-    w6 = word_tile(words, run, column, inside, outputs, 6 if BITS > 6 else 0, BITS)
-    w7 = word_tile(words, run, column, inside, outputs, 7 if BITS > 7 else 0, BITS)
-    return w0, w1, w2, w3, w4, w5, w6, w7
+    """The words of each run in eight places, of which the first BITS are used."""
+    return (
+        load_word(words, run, column, inside, outputs, 0, BITS),
+        load_word(words, run, column, inside, outputs, 1, BITS),
+        load_word(words, run, column, inside, outputs, 2, BITS),
+        load_word(words, run, column, inside, outputs, 3, BITS),
+        load_word(words, run, column, inside, outputs, 4, BITS),
+        load_word(words, run, column, inside, outputs, 5, BITS),
+        load_word(words, run, column, inside, outputs, 6, BITS),
+        load_word(words, run, column, inside, outputs, 7, BITS),
+    )
 
 
 @triton.jit
 def pick(w, index, BITS: tl.constexpr):
     """The word with the given index [1, 32, 1] of each run. The indices are constants: no selection is left over."""
-    out = w[0]
+    out = w[0][:, None, :]
     if BITS > 1:
-        out = tl.where(index == 1, w[1], out)
+        out = tl.where(index == 1, w[1][:, None, :], out)
     if BITS > 2:
-        out = tl.where(index == 2, w[2], out)
+        out = tl.where(index == 2, w[2][:, None, :], out)
     if BITS > 3:
-        out = tl.where(index == 3, w[3], out)
+        out = tl.where(index == 3, w[3][:, None, :], out)
     if BITS > 4:
-        out = tl.where(index == 4, w[4], out)
+        out = tl.where(index == 4, w[4][:, None, :], out)
     if BITS > 5:
-        out = tl.where(index == 5, w[5], out)
+        out = tl.where(index == 5, w[5][:, None, :], out)
     if BITS > 6:
-        out = tl.where(index == 6, w[6], out)
+        out = tl.where(index == 6, w[6][:, None, :], out)
     if BITS > 7:
-        out = tl.where(index == 7, w[7], out)
+        out = tl.where(index == 7, w[7][:, None, :], out)
     return out
 
 
