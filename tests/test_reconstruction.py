@@ -29,7 +29,7 @@ from fewbits.reconstruction import (
 )
 from fewbits.reconstruction.recorded import why_not
 from fewbits.rounding import LearnedRounding, RoundingRegulariser, nearest
-from fewbits.steps.reconstruct.device import _AddedConstants
+from fewbits.steps.reconstruct.norms import _AddedConstants
 
 # -- losses ----------------------------------------------------------------------------------------------------------
 

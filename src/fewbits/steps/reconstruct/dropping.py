@@ -19,7 +19,8 @@ from fewbits.reconstruction.lsq import keep_positive, lsq_quantize
 from fewbits.reconstruction.sampling import with_replacement
 from fewbits.reconstruction.steps import Group
 from fewbits.steps.reconstruct.comparison import Comparison, home, optimise
-from fewbits.steps.reconstruct.device import cheap_norms, gathered, rows
+from fewbits.steps.reconstruct.device import gathered, rows
+from fewbits.steps.reconstruct.norms import cheap_norms
 from fewbits.steps.reconstruct.scales import learnable
 from fewbits.steps.reconstruct.weights import Annealing, LearnedWeight, commit, soften, start_unit, with_penalty
 

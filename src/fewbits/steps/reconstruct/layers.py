@@ -19,7 +19,8 @@ from fewbits.reconstruction.sampling import without_replacement
 from fewbits.reconstruction.steps import Group
 from fewbits.steps.nearest import round_nearest
 from fewbits.steps.reconstruct.comparison import home, optimise
-from fewbits.steps.reconstruct.device import cheap_norms, innermost
+from fewbits.steps.reconstruct.device import innermost
+from fewbits.steps.reconstruct.norms import cheap_norms
 from fewbits.steps.reconstruct.weights import Annealing, start_rounding, with_penalty
 
 EVERYTHING = 1 << 62

@@ -18,7 +18,8 @@ from fewbits.recipe import Step
 from fewbits.reconstruction.sampling import without_replacement
 from fewbits.reconstruction.steps import Group, Number, Steady
 from fewbits.steps.reconstruct.comparison import Comparison, home, optimise
-from fewbits.steps.reconstruct.device import cheap_norms, gathered, rows
+from fewbits.steps.reconstruct.device import gathered, rows
+from fewbits.steps.reconstruct.norms import cheap_norms
 
 
 def learnable(unit: UnitContext, sites: Sequence[Site]) -> list[Quantizer]:

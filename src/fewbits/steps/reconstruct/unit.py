@@ -14,7 +14,8 @@ from fewbits.reconstruction.losses import fisher_diagonal_loss, fisher_full_loss
 from fewbits.reconstruction.sampling import without_replacement
 from fewbits.reconstruction.steps import Group
 from fewbits.steps.reconstruct.comparison import Comparison, home, optimise
-from fewbits.steps.reconstruct.device import cheap_norms, gathered, rows
+from fewbits.steps.reconstruct.device import gathered, rows
+from fewbits.steps.reconstruct.norms import cheap_norms
 from fewbits.steps.reconstruct.weights import Annealing, LearnedWeight, commit, soften, start_unit, with_penalty
 
 
