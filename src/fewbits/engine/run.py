@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
 from fewbits.attach import Attachment
 from fewbits.engine import snapshot
@@ -28,7 +27,8 @@ from fewbits.engine.progress import Progress
 from fewbits.engine.replay import Replay
 from fewbits.engine.source import InMemory, Source, Streamed, names_in, names_outside
 from fewbits.engine.store import ActivationStore, Budget
-from fewbits.engine.tree import Batch, as_call, batch_size, map_tensors, same, share, to
+from fewbits.engine.streams import Streams
+from fewbits.engine.tree import Batch, as_call, batch_size, map_tensors, to
 from fewbits.errors import FewbitsError
 from fewbits.graph import record
 from fewbits.graph.moments import Moments, NormStatistics
@@ -44,7 +44,9 @@ class QuantizeResult:
 
     `notes` are things a user should read (a tied head left alone, a failed factorisation); `seconds` and `peak_bytes`
     (host memory, or device memory on CUDA) are measured, `forecast` was predicted before the start. `overrides` are the
-    grids that steps put at sites in place of the scheme's, as plain data (None: floating point).
+    grids that steps put at sites in place of the scheme's, as plain data (None: floating point). `hessian_arithmetic`
+    names the ways in which Hessians were added up (`rounding.hessian.HessianAccumulator`), sorted; "unrecorded" where
+    units were committed by a version that did not record them.
     """
 
     model: nn.Module
@@ -62,6 +64,7 @@ class QuantizeResult:
     streamed: bool = False
     overrides: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     float_weights: dict[str, Tensor] | None = None
+    hessian_arithmetic: list[str] = field(default_factory=list)
 
 
 def quantize(
@@ -158,6 +161,7 @@ class Run:
         self.mean_outputs: dict[int, Tensor] = {}  # by call
         self.float_weights: dict[str, Tensor] | None = None  # by site, (out, in, *kernel), where they are wanted
         self.known: dict[str, dict[str, Tensor]] = {}  # what steps asked to be remembered
+        self.hessian_arithmetic: set[str] = set()
         self.batches = batches
         self.sizes = [batch_size(batch) for batch in batches]
         if example is None and not batches:
@@ -188,6 +192,7 @@ class Run:
         known = {call.key for call in self.graph.calls if call.key is not None}
         self.attachment = Attachment(model, self.graph.sites, known)
         self.replay = Replay(model, self.attachment, self.graph, self.units, self.store)
+        self.streams = Streams(self.replay, self.attachment, device)
         unread = self.units[-1] if self.units and not self._read(len(self.units) - 1) else None
         self.forecast = forecast(
             self.graph, self.units, recipe, {n: p.numel() * p.element_size() for n, p in model.named_parameters()},
@@ -197,7 +202,6 @@ class Run:
         # What a GPU holds is copied to be written, so that it can be written while the next unit is at work.
         behind = device.type == "cuda"
         self.commits = Commits(Path(work_dir), self.identity(), resume, behind) if work_dir is not None else None
-        self._uses: dict[tuple[str, int], int] = {}
         self._float_rewrites: set[Any] = set()
         self.float_logits: list[Tensor] | None = None
         if device.type == "cuda":
@@ -267,6 +271,7 @@ class Run:
             self.streamed,
             {name: None if spec is None else spec.to_dict() for name, spec in self.overrides.items()},
             self.float_weights,
+            sorted(self.hessian_arithmetic),
         )
 
     def sweep(self, number: int, steps: list[Step], later: list[list[Step]]) -> None:
@@ -294,7 +299,7 @@ class Run:
             if streams or not done[index]:
                 self._glue(index, steps, prefix)
             for stream in streams:
-                self._capture(stream, unit)
+                self.streams.capture(stream, unit, self.batches)
             self.attachment.set_activations(True)
             if number == 0 and float_later:
                 self.source.remember(unit)
@@ -318,8 +323,7 @@ class Run:
                 self._outputs("quantized", unit)
                 self.attachment.set_activations(True)
             for stream in streams:
-                self.store.rename(("input", stream), ("before", stream))
-                self.replay.release(stream, unit)
+                self.streams.advance(stream, unit)
             if self.streamed:
                 self.attachment.forget_codes(site.name for site in self.graph.sites_of(unit))
             # Of streamed weights not even the grids are to fill the device, unit after unit.
@@ -329,13 +333,12 @@ class Run:
             self.progress.advance()
         self._glue(len(self.units), steps, prefix)
         for stream in streams:
-            self.store.drop_where("before", stream)
-            self.replay.forget(stream)
+            self.streams.end(stream)
 
     # -- streams -----------------------------------------------------------------------------------------------------
     def uses(self, unit: Unit, batch: int) -> int:
         """How often the unit is called in the forward of a batch."""
-        return self._uses[(unit.name, batch)]
+        return self.streams.uses(unit, batch)
 
     def glue_sites(self, index: int) -> list[Site]:
         """Activation sites of the scheme in no unit that run between the starts of unit `index - 1` and `index`."""
@@ -365,65 +368,6 @@ class Run:
         for number, batch in enumerate(self.batches):
             starting(self.sizes[number])
             self.replay.capture(stream, target, to(batch, self.device), number)
-
-    def _capture(self, stream: str, unit: Unit) -> None:
-        """Cache what the unit is called with on every batch."""
-        first: dict[int, Any] = {}
-        route: list[tuple[bool, int] | None] | None = None
-        for number, batch in enumerate(self.batches):
-            if route is not None and self._carry(stream, unit, number, route):
-                self._uses[(unit.name, number)] = 1
-                continue
-            with self.attachment.disabled() if stream == "float" else nullcontext():
-                calls = self.replay.capture(stream, unit, to(batch, self.device), number)
-            self._uses[(unit.name, number)] = len(calls)
-            for use, call in enumerate(calls):
-                call = share(call, first.setdefault(use, call))
-                self.store.put(("input", stream, number, use), call)
-            if number == 0:
-                route = self._route(stream, unit)
-        self.store.drop_where("before", stream)
-
-    def _neighbours(self, stream: str, unit: Unit, number: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Where the inputs and the outputs of the unit before lie, for a batch."""
-        position = self.replay.order[unit.name]
-        return ("before", stream, number, 0), (stream, self.units[position - 1].name, number, 0)
-
-    def _route(self, stream: str, unit: Unit) -> list[tuple[bool, int] | None] | None:
-        """How the inputs of the unit are put together from those of the unit before and its outputs.
-
-        For each leaf, whether it is an output and its place there; None for what is no tensor. The recorded data flow
-        says that nothing else goes in; which is which, the first batch tells, which went through the model's forward.
-        None where the inputs must be captured.
-        """
-        if unit.name not in self.replay.passing or self._uses[(unit.name, 0)] != 1:
-            return None
-        keys = self._neighbours(stream, unit, 0)
-        if any(key not in self.store for key in keys):
-            return None
-        wanted, given, made = (tree_leaves(self.store.get(key)) for key in (("input", stream, 0, 0), *keys))
-        route: list[tuple[bool, int] | None] = []
-        for place, leaf in enumerate(wanted):
-            if not isinstance(leaf, Tensor):
-                route.append(None)
-                continue
-            if place < len(given) and same(leaf, given[place]):
-                route.append((False, place))
-                continue
-            found = next((number for number, output in enumerate(made) if same(leaf, output)), None)
-            if found is None:
-                return None
-            route.append((True, found))
-        return route
-
-    def _carry(self, stream: str, unit: Unit, number: int, route: list[tuple[bool, int] | None]) -> bool:
-        """Put the unit's inputs on a batch together, where the unit before was called as on the first batch but for the
-        values of its tensors; whether that was so."""
-        keys, first = self._neighbours(stream, unit, number), self._neighbours(stream, unit, 0)
-        if any(key not in self.store for key in keys) or not all(map(self.store.alike, keys, first)):
-            return False
-        sources = [None if source is None else (keys[source[0]], source[1]) for source in route]
-        return self.store.compose(("input", stream, number, 0), ("input", stream, 0, 0), sources)
 
     def _outputs(self, stream: str, unit: Unit) -> None:
         """Run the unit on its cached inputs and keep what it returns."""
@@ -481,11 +425,15 @@ class Run:
         unit = self.units[index]
         # A step may have seen to the activation behind the unit too.
         sites = [*self.glue_sites(index), *self.graph.sites_of(unit), *self.glue_sites(index + 1)]
-        return snapshot.take(self.model, self.attachment, names_in(self.model, unit), sites)
+        held, described = snapshot.take(self.model, self.attachment, names_in(self.model, unit), sites)
+        described["hessian_arithmetic"] = sorted(self.hessian_arithmetic)  # of this unit and those before
+        return held, described
 
     def _restore(self, sweep: int, index: int) -> None:
         assert self.commits is not None
-        snapshot.put(self.model, self.attachment, *self.commits.read(sweep, index), device=self.device)
+        held, described = self.commits.read(sweep, index)
+        snapshot.put(self.model, self.attachment, held, described, device=self.device)
+        self.hessian_arithmetic.update(described.get("hessian_arithmetic", ["unrecorded"]))
 
     def outside(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Snapshot of what lies in no unit."""
