@@ -240,6 +240,17 @@ def test_json_is_readable_and_round_trips(made: Any) -> None:
         assert tensors
 
 
+def test_a_folder_says_how_hessians_were_added_up(made: Any, tmp_path: Path) -> None:
+    for case, (_, _, recipe, *_rest) in CASES.items():
+        data = checkpoint.description(made(case)[2])
+        assert data["hessian_arithmetic"] == (["float32"] if recipe == "gptq" else []), case
+    old = shutil.copytree(made("llama-gptq-order")[2], tmp_path / "old")  # as written before folders said it
+    resign(old, lambda d: d.pop("hessian_arithmetic"))
+    tokens = _tokens()
+    with_it, without = (outputs(checkpoint.load(one).model, tokens) for one in (made("llama-gptq-order")[2], old))
+    assert all(torch.equal(value, without[key]) for key, value in with_it.items())
+
+
 # -- damage ----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def copied(made: Any, tmp_path: Path) -> Path:

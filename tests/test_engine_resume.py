@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 import kill_and_resume
 from engine_models import encoder, tokens
 from fewbits import quantize
+from fewbits.engine import snapshot
+from fewbits.engine.statistics import Hessian
 from fewbits.errors import FewbitsError
 from fewbits.papers import build_recipe
 
@@ -71,6 +73,29 @@ def test_a_damaged_commit_is_named(tmp_path: Path) -> None:
         quantize(encoder(), build_recipe("gptq", "W4A16"), tokens(4), work_dir=tmp_path, resume=True)
 
 
+def test_a_resumed_run_knows_how_the_first_one_added_up_hessians(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, added = build_recipe("gptq", "W4A16"), Hessian.hessian_arithmetic
+    monkeypatch.setattr(Hessian, "hessian_arithmetic", property(lambda self: {"bfloat16x3"}))
+    first = quantize(encoder(), recipe, tokens(4), work_dir=tmp_path)
+    monkeypatch.setattr(Hessian, "hessian_arithmetic", added)
+    units = sorted(tmp_path.glob("sweep*.safetensors"))
+    assert first.hessian_arithmetic == ["bfloat16x3"] and len(units) > 1
+    units[-2].unlink()  # of the last block; the head behind it stays floating point
+    resumed = quantize(encoder(), recipe, tokens(4), work_dir=tmp_path, resume=True)
+    assert resumed.hessian_arithmetic == ["bfloat16x3", "float32"], "of finished units as committed, then as done here"
+    for unit in units:  # as written before units said it
+        tensors, described = snapshot.read(unit)
+        del described["hessian_arithmetic"]
+        snapshot.write(unit, tensors, described)
+    old = quantize(encoder(), recipe, tokens(4), work_dir=tmp_path, resume=True)
+    assert old.hessian_arithmetic == ["unrecorded"]
+    for other in (resumed, old):
+        assert first.attachment.codes.keys() == other.attachment.codes.keys()
+        assert all(torch.equal(codes, other.attachment.codes[name]) for name, codes in first.attachment.codes.items())
+
+
 def test_streamed_weights_give_the_bits_of_a_model_in_memory(tmp_path: Path) -> None:
     from fewbits.engine.source import Streamed
 
@@ -88,8 +113,6 @@ def test_streamed_weights_give_the_bits_of_a_model_in_memory(tmp_path: Path) -> 
     )
     assert all(p.is_meta for p in hollow.blocks.parameters()), "units are let go when they are done"
     for index in range(len(result.units)):
-        from fewbits.engine import snapshot
-
         stored, _ = snapshot.read(tmp_path / "work" / f"sweep0-unit{index:04d}.safetensors")
         for key, value in stored.items():
             if key.startswith("tensor/"):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import fewbits
 from engine_models import encoder, images, skipnet, tokens
 from fewbits import quantize
+from fewbits.diagnosis.workflow import diagnose_reference
 from fewbits.engine.progress import Progress
 from fewbits.engine.source import Streamed
 from fewbits.formats import gptq_grid
@@ -100,8 +101,15 @@ def test_streamed_weights_and_activations_in_host_memory_give_the_same_bits_resu
         assert first.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in first.items())
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-5), (torch.float16, 2e-5), (torch.float32, 5e-5)])
-def test_hessians_from_tensor_cores_are_exact_but_for_the_sum(dtype: torch.dtype, bound: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "bound", "name"),
+    [
+        (torch.bfloat16, 2e-5, "bfloat16"),
+        (torch.float16, 2e-5, "float16"),
+        (torch.float32, 5e-5, "bfloat16x3"),
+    ],
+)
+def test_hessians_from_tensor_cores_are_exact_but_for_the_sum(dtype: torch.dtype, bound: float, name: str) -> None:
     columns = 2500  # more than one panel
     loud = torch.randn(columns, device="cuda").exp()
     accumulator = HessianAccumulator(columns, device="cuda")
@@ -115,6 +123,7 @@ def test_hessians_from_tensor_cores_are_exact_but_for_the_sum(dtype: torch.dtype
     assert torch.equal(found, found.T)
     size = expected.diagonal().sqrt()
     assert float(((found - expected).abs() / size[:, None] / size).max()) < bound
+    assert accumulator.arithmetic == {name}
 
 
 def test_a_large_factor_is_found_in_place_and_the_solve_repeats_bit_for_bit() -> None:
@@ -128,6 +137,21 @@ def test_a_large_factor_is_found_in_place_and_the_solve_repeats_bit_for_bit() ->
     assert float((first.codes != exact.codes).float().mean()) < 1e-2
     assert abs(float(first.loss / exact.loss) - 1) < 1e-3
     assert torch.equal(hessian, before), "not spent unless it is said"
+
+
+@pytest.mark.parametrize(("recipe", "bits"), [("rtn", "W4A4"), ("gptq", "W3A16"), ("repq-vit", "W4A4")])
+def test_a_checkpoint_is_diagnosed_on_the_gpu_as_on_the_cpu(recipe: str, bits: str, tmp_path: Path) -> None:
+    fewbits.quantize_reference("demo:digits", recipe, bits, out=tmp_path / "made", calib="demo:digits", samples=32)
+    cpu, gpu = (diagnose_reference(tmp_path / "made", samples=8, top=1, device=device) for device in ("cpu", "cuda"))
+    for key in ("float", "quantized"):  # a value between two levels may fall to the other one
+        assert gpu["output"][key] == pytest.approx(cpu["output"][key], rel=0.1, abs=1e-4)
+    sites = {site["site"]: site for site in gpu["sites"]}
+    assert list(sites) == [site["site"] for site in cpu["sites"]]
+    weights = [site for site in cpu["sites"] if site["role"] == "weight"]
+    assert weights
+    for site in weights:
+        assert sites[site["site"]]["tensor_db"] == pytest.approx(site["tensor_db"], abs=1e-2)
+    assert gpu["suggestions"]
 
 
 PACKED = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,13 +15,14 @@ from fewbits.rounding import (
     HessianAccumulator,
     conv_patches,
     decode_columns,
+    factor,
     gptq,
     matrix_weight,
     nearest,
     row_params,
     weight_matrix,
 )
-from fewbits.rounding.gptq import inverse_factor
+from fewbits.rounding.factor import inverse_factor
 
 
 def problem(out: int = 12, columns: int = 40, tokens: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -238,12 +237,11 @@ def test_inverse_factor() -> None:
 
 @pytest.mark.parametrize("block", [8, 16, 24, 39, 64])
 def test_a_factor_found_block_by_block_in_place_is_the_same(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    solver = importlib.import_module("fewbits.rounding.gptq")
-    monkeypatch.setattr(solver, "_BLOCK", block)
+    monkeypatch.setattr(factor, "_BLOCK", block)
     _, hessian = problem()
     expected, _ = inverse_factor(hessian.double()[None].clone(), 0.01)
     worked_in = hessian.double()
-    used = solver._factorise_in_place(worked_in, 0.01)
+    used = factor._factorise_in_place(worked_in, 0.01)
     assert used == 0.01 and torch.equal(worked_in, worked_in.triu())
     torch.testing.assert_close(worked_in, expected[0])
     # An attempt that fails starts anew from what it left of H.
@@ -251,10 +249,10 @@ def test_a_factor_found_block_by_block_in_place_is_the_same(block: int, monkeypa
     indefinite[5, 5] = -0.02 * indefinite.diagonal().mean()
     expected, damped = inverse_factor(indefinite[None].clone(), 0.01)
     again = indefinite.clone()
-    assert solver._factorise_in_place(again, 0.01) == damped[0] > 0.01
+    assert factor._factorise_in_place(again, 0.01) == damped[0] > 0.01
     torch.testing.assert_close(again, expected[0])
     with pytest.raises(FewbitsError, match="damping"):
-        solver._factorise_in_place(-hessian.double(), 0.01)
+        factor._factorise_in_place(-hessian.double(), 0.01)
 
 
 def test_a_batch_solves_each_matrix_as_alone() -> None:

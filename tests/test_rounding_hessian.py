@@ -60,6 +60,17 @@ def test_half_inputs_are_accumulated_in_float32_or_better() -> None:
     assert single.value.dtype == torch.float32
 
 
+def test_says_how_products_were_added_up() -> None:
+    single, double = HessianAccumulator(4), HessianAccumulator(4, dtype=torch.float64)
+    single.add(torch.randn(0, 7, 4))
+    assert single.arithmetic == set(), "nothing was added"
+    for accumulator in (single, double):
+        accumulator.add(torch.randn(2, 3, 4).half())
+    assert single.arithmetic == {"float32"} and double.arithmetic == {"float64"}
+    single.merge(double)
+    assert single.arithmetic == {"float32", "float64"} and double.arithmetic == {"float64"}
+
+
 def test_bad_inputs() -> None:
     accumulator = HessianAccumulator(4)
     with pytest.raises(FewbitsError, match="expected"):

@@ -23,7 +23,7 @@ from fewbits.graph.trace import Frame, Tracer, in_flight
 from fewbits.graph.types import CallKey, Site
 from fewbits.outliers.parts import Part
 from fewbits.quantizer import Quantizer
-from fewbits.rounding.gptq import decode_columns
+from fewbits.rounding.column_grids import decode_columns
 
 ATTRIBUTE = "_fewbits"
 Observer = Callable[[Tensor], None]

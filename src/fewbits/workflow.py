@@ -73,8 +73,8 @@ def quantize_reference(
 
     Returns:
         JSON-able: model, recipe, bits, options, bytes_before, bytes_after, size (`engine.size.summary`), metric,
-        metric_before, metric_after, seconds, seconds_total, peak_memory_bytes, seed, device, dtype, needs_data,
-        needs_gradients, calibration, evaluation, notes, versions, out; with a report, page: its file.
+        metric_before, metric_after, seconds, seconds_total, peak_memory_bytes, seed, device, dtype, hessian_arithmetic,
+        needs_data, needs_gradients, calibration, evaluation, notes, versions, out; with a report, page: its file.
 
     Raises:
         FewbitsError: bad input; `out` is then untouched.
@@ -144,6 +144,7 @@ def quantize_reference(
             "seed": seed,
             "device": device,
             "dtype": dtype,
+            "hessian_arithmetic": result.hessian_arithmetic,
             "needs_data": built.needs_data,
             "needs_gradients": any(step.gradients for step in built.steps),
             "calibration": None

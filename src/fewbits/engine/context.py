@@ -324,6 +324,7 @@ class UnitContext(ModelContext):
             for size, args, kwargs in self.batches(stream):
                 current[0] = size
                 self.forward(args, kwargs)
+        self.run.hessian_arithmetic.update(*(statistic.hessian_arithmetic for statistic in shared.values()))
         for statistic, first in twins:
             statistic.__dict__.update(first.__dict__)
 

@@ -26,7 +26,7 @@ from fewbits.graph.trace import clean
 from fewbits.graph.types import CallKey, Site
 from fewbits.outliers.parts import part_from_tensors
 from fewbits.quantizer import Quantizer
-from fewbits.rounding.gptq import spread_columns
+from fewbits.rounding.column_grids import spread_columns
 
 METADATA = "fewbits"
 VERSION = 1

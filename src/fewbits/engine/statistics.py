@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ from fewbits.rounding.hessian import HessianAccumulator, conv_patches
 
 class Statistic(ABC):
     """Something accumulated over calibration batches. Statistics of equal `key` at one tensor are gathered once."""
+
+    @property
+    def hessian_arithmetic(self) -> Set[str]:
+        """How a Hessian was added up (`rounding.hessian`), which depends on the device and the inputs."""
+        return frozenset()
 
     @property
     @abstractmethod
@@ -387,6 +393,10 @@ class Hessian(Statistic):
             columns, groups = self.input.columns, self.input.groups
             self._accumulator = HessianAccumulator(columns, groups=groups, device=self.device)
         return self._accumulator
+
+    @property
+    def hessian_arithmetic(self) -> Set[str]:
+        return frozenset() if self._accumulator is None else self._accumulator.arithmetic
 
     def update(self, x: Tensor, samples: int) -> None:
         self.accumulator.add(self.input.rows(x.detach()), samples=samples)

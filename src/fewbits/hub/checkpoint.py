@@ -1,8 +1,9 @@
 """Quantized checkpoints: a directory of safetensors (codes, parameters, what stays floating point) and readable JSON.
 
 `fewbits.json` holds the recipe and scheme, the sites that carry quantizers, how to build the architecture, versions,
-seed, the calibration fingerprint, metrics and the SHA-256 of every other file, and of itself. Loading rebuilds the
-model, decodes the codes and attaches the quantizers; its outputs are bit-equal to those of the model that was saved.
+seed, the calibration fingerprint, how Hessians were added up, metrics and the SHA-256 of every other file, and of
+itself. Loading rebuilds the model, decodes the codes and attaches the quantizers; its outputs are bit-equal to those of
+the model that was saved.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def _write(folder: Path, result: QuantizeResult, loaded: LoadedModel, metadata: 
         "recipe": result.recipe.to_dict(),
         "seed": result.seed,
         "calibration_fingerprint": result.calibration_fingerprint,
+        "hessian_arithmetic": result.hessian_arithmetic,
         "metadata": metadata,
         "notes": result.notes,
         "files": {name: _sha256(folder / name) for name in files},

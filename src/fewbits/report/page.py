@@ -232,6 +232,7 @@ def _run(diagnosis: dict[str, Any], report: dict[str, Any]) -> str:
         "diagnosed on": f"{diagnosis['data']['data']} ({diagnosis['data'].get('subset', '')})",
         "seed": report.get("seed"),
         "device": report.get("device"),
+        "Hessians added up in": ", ".join(report.get("hessian_arithmetic") or ()),
         "versions": ", ".join(f"{name} {version}" for name, version in (report.get("versions") or {}).items()),
     }
     return "".join(

@@ -8,7 +8,8 @@ from fewbits.rounding.adaround import (
     rounding_penalty,
     temperature,
 )
-from fewbits.rounding.gptq import Solution, decode_columns, gptq, spread_columns
+from fewbits.rounding.column_grids import decode_columns, spread_columns
+from fewbits.rounding.gptq import Solution, gptq
 from fewbits.rounding.hessian import HessianAccumulator, conv_patches
 from fewbits.rounding.matrix import matrix_weight, row_params, weight_matrix
 from fewbits.rounding.nearest import nearest

@@ -8,23 +8,20 @@ kept in full precision at the end of that order, where they take up the error of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
-from fewbits.formats import Format, Params, ParamSpec, PerChannel, PerTensor, Uniform
+from fewbits.formats import Format, Params, Uniform
 from fewbits.kernels.available import has_triton
-from fewbits.rounding.hessian import panels
+from fewbits.rounding.column_grids import ColumnGrids
+from fewbits.rounding.factor import inverse_factor
 from fewbits.rounding.precision import full_float32
 
 if TYPE_CHECKING:
     from fewbits.ranges import Range
-
-ESCALATION = 10.0  # factor on the damping after a failed factorisation
-ATTEMPTS = 16
 
 
 class Solution(NamedTuple):
@@ -103,7 +100,7 @@ def gptq(
     free = torch.ones(columns, dtype=torch.bool, device=w.device)
     last = _checked_kept(kept, columns, w.device)
     free[last] = False
-    grid = _Grid(fmt, range_, group_size, columns, free)
+    grid = ColumnGrids(fmt, range_, group_size, columns, free)
     if params is not None:
         grid.use(params, lead)
     elif group_size is None:
@@ -142,125 +139,6 @@ def gptq(
         q, codes, loss, used, no_data = q[0], codes[0], loss[0], used[0], no_data[0]
         group_index = None if group_index is None else group_index[0]
     return Solution(q, codes, stored, group_index, loss, used, no_data)
-
-
-def decode_columns(fmt: Format, codes: Tensor, params: Params, group_index: Tensor | None) -> Tensor:
-    """The weight that a `Solution`'s codes stand for, float32, shape of the codes."""
-    return fmt.decode(codes, spread_columns(fmt, params, group_index, codes.shape))
-
-
-def spread_columns(fmt: Format, params: Params, group_index: Tensor | None, shape: Sequence[int]) -> Params:
-    """A `Solution`'s params so that they broadcast against its codes, of `shape`."""
-    spread = {}
-    for spec in fmt.param_specs():
-        value = params[spec.name]
-        if _is_whole(value, spec):
-            spread[spec.name] = PerTensor().expand(value, shape)
-        elif group_index is None:
-            spread[spec.name] = value
-        else:
-            index = group_index.unsqueeze(-2).expand(tuple(shape))
-            spread[spec.name] = value.gather(-1, index.expand(*value.shape[:-1], -1))
-    return spread
-
-
-def inverse_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Upper U [batch, n, n] with U^T U = (H + damping mean(diag H) I)^-1, and the damping [batch] that made it
-    possible.
-
-    H = R R^T with R upper triangular is an ordinary Cholesky factorisation of H with rows and columns reversed, and U
-    is R^-1: the factor of the inverse without ever forming the inverse, which would lose half the digits.
-    Only the matrices that fail are retried, with ten times the damping each time. A large matrix on a GPU is factorised
-    block by block in its own memory: h is U then.
-    """
-    if h.is_cuda and h.shape[-1] > _BLOCK:
-        return h, torch.stack([_factorise_in_place(one, damping) for one in h])
-    batch, n, _ = h.shape
-    diagonal = torch.diagonal(h, dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1)
-    used = torch.full((batch,), damping, dtype=torch.float64, device=h.device)
-    eye = torch.eye(n, dtype=h.dtype, device=h.device)
-    u = torch.empty_like(h)
-    todo = torch.arange(batch, device=h.device)
-    for _ in range(ATTEMPTS):
-        shifted = h[todo].flip(-1, -2) + (used[todo].to(h.dtype) * mean[todo])[:, None, None] * eye
-        inverse, info = _inverse_of_reversed(shifted, eye)
-        good = (info == 0) & torch.isfinite(inverse).all(-1).all(-1)
-        u[todo[good]] = inverse[good]
-        todo = todo[~good]
-        if not len(todo):
-            return u, used
-        used[todo] = _escalated(used[todo], h)
-    raise _unfactorisable(used)
-
-
-def _inverse_of_reversed(reversed_: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
-    """U [..., n, n] and the factorisation's error codes [...], from H with its rows and columns in reverse order."""
-    factor, info = torch.linalg.cholesky_ex(reversed_)
-    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).flip(-1, -2), info
-
-
-def _escalated(used: Tensor, h: Tensor) -> Tensor:
-    """The damping to try after these."""
-    return torch.clamp(used * ESCALATION, min=torch.finfo(h.dtype).eps * h.shape[-1])
-
-
-def _unfactorisable(used: Tensor) -> FewbitsError:
-    return FewbitsError(
-        f"gptq: H cannot be factorised even with damping {used.max().item():.1e}; it is not a Gram matrix of "
-        "finite inputs"
-    )
-
-
-_BLOCK = 2048  # columns that the library's own factorisation gets at once
-
-
-def _factorise_in_place(h: Tensor, damping: float) -> Tensor:
-    """Turn one large H [n, n] into U; returns the damping that made it possible, float64 [].
-
-    Blocks below the diagonal ones keep H until U is found, so that an attempt that fails can start anew.
-    """
-    parts = panels(len(h), _BLOCK)
-    blocks = [h[start:stop, start:stop].clone() for start, stop in parts]
-    mean = h.diagonal().mean()
-    used = torch.full((), damping, dtype=torch.float64, device=h.device)
-    for attempt in range(ATTEMPTS):
-        for (start, stop), block in zip(parts, blocks, strict=True):
-            h[start:stop, start:stop] = block
-            if attempt:
-                h[:start, start:stop] = h[start:stop, :start].T
-        h.diagonal().add_(used.to(h.dtype) * mean)
-        failed: list[Tensor] = []
-        _invert_blocks(h, failed)
-        if not bool(torch.stack(failed).any()):
-            for start, stop in parts:
-                h[start:stop, :start] = 0
-            return used
-        used = _escalated(used, h)
-    raise _unfactorisable(used)
-
-
-def _invert_blocks(h: Tensor, failed: list[Tensor]) -> None:
-    """On and above the diagonal blocks of h [n, n], put U in place of H; lower blocks are neither read nor written.
-
-    With H = [[A, B], [B^T, C]] and R = [[P, Q], [0, S]]: S S^T = C, Q = B S^-T, P P^T = A - Q Q^T, and
-    R^-1 = [[P^-1, -P^-1 Q S^-1], [0, S^-1]]. `failed` gets a flag for each diagonal block.
-    """
-    size = len(h)
-    if size <= _BLOCK:
-        inverse, info = _inverse_of_reversed(h.flip(-1, -2), torch.eye(size, dtype=h.dtype, device=h.device))
-        failed.append((info != 0) | ~torch.isfinite(inverse).all())
-        h.copy_(inverse)
-        return
-    split = (size // 2 + _BLOCK - 1) // _BLOCK * _BLOCK
-    head, tail, side = h[:split, :split], h[split:, split:], h[:split, split:]
-    _invert_blocks(tail, failed)
-    side.copy_(side @ tail.triu().T)  # lower blocks still hold H
-    for start, stop in panels(split, _BLOCK):
-        head[:stop, start:stop].addmm_(side[:stop], side[start:stop].T, alpha=-1)
-    _invert_blocks(head, failed)
-    product = (side @ tail.triu()).neg_()
-    torch.mm(head.triu(), product, out=side)
 
 
 def _checked(weight: Tensor, hessian: Tensor, dtype: torch.dtype, spend: bool) -> tuple[Tensor, Tensor]:
@@ -307,7 +185,7 @@ def _order(by: Tensor, free: Tensor, last: Tensor, batch: int, sort: bool) -> Te
 
 
 def _sweep(
-    w: Tensor, u: Tensor, grid: _Grid, order: Tensor | None, block_size: int, stale: bool, stop_at: int
+    w: Tensor, u: Tensor, grid: ColumnGrids, order: Tensor | None, block_size: int, stale: bool, stop_at: int
 ) -> tuple[Tensor, Tensor]:
     """Round the first `stop_at` columns of w [batch, in, out] in order, in place; the others only take up error.
 
@@ -323,7 +201,7 @@ def _sweep(
         errors = solve(w, codes, u, grid, order, start, end, stale, stop_at)
         loss += errors.square().sum((1, 2)) / 2
         w[:, end:].baddbmm_(u[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
-    if grid.table is None and not grid.grown:  # every column is kept
+    if not grid.fitted:  # every column is kept
         grid.grow(w.new_zeros(batch, out, 1))
     for at in range(stop_at, columns):
         nothing = w.new_zeros(batch * out, 1)
@@ -332,7 +210,7 @@ def _sweep(
 
 
 def _walk_block(
-    w: Tensor, codes: Tensor, u: Tensor, grid: _Grid, order: Tensor | None, start: int, end: int, stale: bool,
+    w: Tensor, codes: Tensor, u: Tensor, grid: ColumnGrids, order: Tensor | None, start: int, end: int, stale: bool,
     stop_at: int,
 ) -> Tensor:  # fmt: skip
     """Round columns start to end of w [batch, in, out], one after another, on any grid.
@@ -367,7 +245,7 @@ def _walk_block(
 
 
 def _solve_block(
-    w: Tensor, codes: Tensor, u: Tensor, grid: _Grid, order: Tensor | None, start: int, end: int, stale: bool,
+    w: Tensor, codes: Tensor, u: Tensor, grid: ColumnGrids, order: Tensor | None, start: int, end: int, stale: bool,
     stop_at: int,
 ) -> Tensor:  # fmt: skip
     """As `_walk_block`, in one kernel, for uniform grids whose parameters do not wait for the block."""
@@ -385,159 +263,3 @@ def fuses(fmt: Format, w: Tensor) -> bool:
         return False
     plain = fmt.rounding == "half_even" and fmt.order == "round_then_shift" and not fmt.fractional
     return plain and has_triton()
-
-
-def _is_whole(value: Tensor, spec: ParamSpec) -> bool:
-    """Whether a parameter is one for the whole weight; wide parameters have their axis in front either way."""
-    return value.ndim == (spec.width > 1)
-
-
-class _Grid:
-    """Which grid a column is rounded on. The rows of all batch entries are stacked: [batch * out] of them.
-
-    `table` holds grids known before the sweep, [..., rows, groups] per parameter (or one for the whole weight); `grown`
-    those fitted during it, one [..., rows, 1] per group in processing order. `free` tells the columns that are rounded.
-    """
-
-    def __init__(self, fmt: Format, range_: Range | None, width: int | None, columns: int, free: Tensor) -> None:
-        self.fmt, self.range = fmt, range_
-        self.width = width or columns
-        self.grouped = width is not None
-        self.columns = columns
-        self.free = free
-        self.table: Params | None = None
-        self.grown: list[Params] = []
-
-    def use(self, params: Params, lead: tuple[int, ...]) -> None:
-        """Take fixed params of a weight whose rows have the axes `lead`."""
-        self.fmt.check_params(params, "gptq")
-        expected = (*lead, -(-self.columns // self.width))
-        table = {}
-        for spec in self.fmt.param_specs():
-            value = params[spec.name]
-            whole = _is_whole(value, spec)
-            if not whole and value.shape[-len(expected) :] != expected:
-                raise FewbitsError(
-                    f"gptq: params[{spec.name!r}] has shape {tuple(value.shape)}; a weight with {self.columns} columns "
-                    f"in groups of {self.width} needs [..., {', '.join(map(str, expected))}]"
-                )
-            table[spec.name] = value if whole else value.flatten(-len(expected), -2)
-        self.table = table
-
-    def fit(self, w: Tensor) -> None:
-        """Fit every group on the columns of w [batch, out, in] that are rounded, now."""
-        parts = zip(w.split(self.width, dim=2), self.free.split(self.width), strict=True)
-        self.table = self._join(
-            [
-                self._fit(part[:, :, free] if bool(free.any()) else torch.zeros_like(part[:, :, :1]))
-                for part, free in parts
-            ]
-        )
-
-    def starts_group(self, at: int) -> bool:
-        return self.table is None and at % self.width == 0
-
-    def known(self, start: int, end: int, stale: bool) -> bool:
-        """Whether no parameter of these columns waits for a column of the same block to be rounded."""
-        return self.table is not None or stale or not any(self.starts_group(at) for at in range(start + 1, end))
-
-    def grow(self, w: Tensor) -> None:
-        self.grown.append(self._fit(w))
-
-    def column(self, at: int, order: Tensor | None, out: int) -> Params:
-        """Params that broadcast against [rows, 1], of the column processed at place `at`."""
-        current = self.grown[-1] if self.table is None else self.table
-        return {
-            spec.name: PerTensor().expand(value, (1, 1))
-            if _is_whole(value := current[spec.name], spec)
-            else self._pick(value, at, order, out)
-            for spec in self.fmt.param_specs()
-        }
-
-    def block(
-        self, w: Tensor, order: Tensor | None, start: int, end: int, stop_at: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale and zero point of a uniform grid for columns start to end of w [batch, in, out], all groups fitted now.
-
-        Returns two float32 [batch, groups, out] and which group is each column's, int32 [batch, columns].
-        """
-        batch, _, out = w.shape
-        first = start // self.width
-        places = torch.arange(start, end, device=w.device).expand(batch, -1)
-        if self.table is None:
-            held = [] if self.starts_group(start) else [self.grown[-1]]
-            for at in range(start, end):
-                if self.starts_group(at):
-                    self.grow(w[:, at : min(at + self.width, stop_at)].transpose(1, 2))
-                    held.append(self.grown[-1])
-            which = places // self.width - first
-        elif order is None:
-            last = (end - 1) // self.width + 1
-            held = [{name: self._groups(name, slice(first, last)) for name in self.table}]
-            which = places // self.width - first
-        else:
-            held = [self.table]
-            which = order[:, start:end] // self.width
-        found = []
-        for name in ("scale", "zero_point"):
-            values = [params[name] for params in held] if name in held[0] else [torch.zeros((), device=w.device)]
-            whole = values[0].ndim == 0
-            one = values[0].expand(batch * out, 1) if whole else torch.cat(values, -1)
-            found.append(one.view(batch, out, -1).transpose(1, 2))
-        groups = max(value.shape[1] for value in found)
-        scale, zero = (value.expand(-1, groups, -1).contiguous() for value in found)
-        return scale, zero, which.to(torch.int32).contiguous()
-
-    def _groups(self, name: str, groups: slice) -> Tensor:
-        """A known parameter of some groups [rows, groups], or the one of the whole weight."""
-        assert self.table is not None
-        value = self.table[name]
-        return value if value.ndim == 0 else value[..., groups]
-
-    def _pick(self, value: Tensor, at: int, order: Tensor | None, out: int) -> Tensor:
-        if self.table is None or not self.grouped:
-            return value
-        if order is None:
-            group = at // self.width
-            return value[..., group : group + 1]
-        # Every batch entry has its own order, so its rows may meet another group at the same place.
-        group_of_row = (order[:, at] // self.width).repeat_interleave(out)
-        rows = torch.arange(len(group_of_row), device=group_of_row.device)
-        return value[..., rows, group_of_row].unsqueeze(-1)
-
-    def group_index(self, back: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
-        """Group of every original column [batch, in]; `back` is the place at which each was processed."""
-        if not self.grouped:
-            return None
-        places = torch.arange(self.columns, device=device).expand(batch, -1)
-        if back is not None and self.table is None:
-            places = back
-        groups = places // self.width
-        return groups if self.table is not None else groups.clamp_max(len(self.grown) - 1)
-
-    def stored(self, lead: tuple[int, ...]) -> Params:
-        """Params with the rows unstacked: [..., out, groups] or [..., batch, out, groups]."""
-        table = self.table if self.table is not None else self._join(self.grown)
-        return {
-            spec.name: value if _is_whole(value := table[spec.name], spec) else value.unflatten(-2, lead)
-            for spec in self.fmt.param_specs()
-        }
-
-    def _fit(self, w: Tensor) -> Params:
-        if self.range is None:
-            raise FewbitsError("gptq: give a range to fit the grid with, or fixed params")
-        return self.range.fit(w.flatten(0, 1), self.fmt, PerChannel(0), check=False)
-
-    def _join(self, groups: list[Params]) -> Params:
-        joined = {}
-        for spec in self.fmt.param_specs():
-            values = [group[spec.name] for group in groups]
-            if not _is_whole(values[0], spec):
-                joined[spec.name] = torch.cat(values, -1)
-                continue
-            if not all(torch.equal(values[0], value) for value in values[1:]):
-                raise FewbitsError(
-                    f"gptq: {spec.name} of {self.fmt.kind} is one per tensor and cannot be fitted per group"
-                )
-            joined[spec.name] = values[0]
-        return joined

@@ -25,7 +25,9 @@ class HessianAccumulator:
     `mean` [groups, columns, columns] and `samples` are the whole state.
 
     On a GPU a float32 state is added up by tensor cores (`_add_gram`), and of a single matrix the lower triangle is
-    filled in only when `value` is asked.
+    filled in only when `value` is asked. `arithmetic` holds the names of all ways in which products were added up:
+    "float32" or "float64", products and sums of that type; "bfloat16" or "float16", exact products of such inputs;
+    "bfloat16x3", inputs split in two bfloat16 numbers; these three have float32 sums on tensor cores.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class HessianAccumulator:
         self.columns = columns
         self.groups = groups
         self.samples = 0
+        self.arithmetic: set[str] = set()
         self._whole = True  # whether the lower triangle is what the upper one says
         self.mean = torch.zeros(groups, columns, columns, device=device, dtype=dtype)
 
@@ -63,13 +66,16 @@ class HessianAccumulator:
         rows = x.transpose(0, 1).flatten(1, 2) if self.groups > 1 else x.reshape(1, -1, self.columns)
         total = self.samples + m
         if self.groups == 1 and self.mean.is_cuda and self.mean.dtype == torch.float32:
-            _add_gram(self.mean[0], rows[0].to(self.mean.device), self.samples / total, 2.0 / total)
+            self.arithmetic.add(
+                _add_gram(self.mean[0], rows[0].to(self.mean.device), self.samples / total, 2.0 / total)
+            )
             self.samples, self._whole = total, False
             return
         rows = rows.to(device=self.mean.device, dtype=self.mean.dtype) * (2.0 / total) ** 0.5
         with full_float32(self.mean.device):
             # beta rescales the old mean in the same call: H <- H n/(n+m) + x^T x
             self.mean.baddbmm_(rows.transpose(1, 2), rows, beta=self.samples / total)
+        self.arithmetic.add(_name(self.mean.dtype))
         self.samples = total
 
     def merge(self, other: HessianAccumulator) -> None:
@@ -80,6 +86,7 @@ class HessianAccumulator:
                 "they belong to different layers"
             )
         total = self.samples + other.samples
+        self.arithmetic |= other.arithmetic
         self._whole = self._whole and other._whole
         if other.samples:
             theirs = other.mean.to(self.mean) * (other.samples / total)
@@ -103,23 +110,28 @@ class HessianAccumulator:
 _PANEL = 2048  # columns of a product: wide enough for full speed, narrow enough to leave out most of the lower half
 
 
-def _add_gram(mean: Tensor, rows: Tensor, keep: float, weight: float) -> None:
-    """mean <- keep mean + weight rows^T rows, on and above the diagonal, on tensor cores.
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _add_gram(mean: Tensor, rows: Tensor, keep: float, weight: float) -> str:
+    """mean <- keep mean + weight rows^T rows, on and above the diagonal, on tensor cores; the name of how.
 
     mean: float32 [columns, columns] on a GPU; rows: [N, columns]. Products of bfloat16 or float16 numbers are exact in
     float32, where they are added. Other inputs are split in two bfloat16 numbers each, x = high + low, of which
     low^T low is left out: 2^-17 of a product at most.
     """
-    left = right = rows
+    left, right, name = rows, rows, _name(rows.dtype)
     if rows.dtype not in (torch.bfloat16, torch.float16):
         high = rows.to(torch.bfloat16)
         low = (rows - high).to(torch.bfloat16)
-        left, right = torch.cat([high, high, low]), torch.cat([high, low, high])
+        left, right, name = torch.cat([high, high, low]), torch.cat([high, low, high]), "bfloat16x3"
     for start, stop in panels(len(mean), _PANEL):
         panel = mean[:stop, start:stop]
         torch.addmm(
             panel, left[:, :stop].T, right[:, start:stop], out_dtype=torch.float32, beta=keep, alpha=weight, out=panel
         )
+    return name
 
 
 def mirror_upper(matrix: Tensor) -> None:
