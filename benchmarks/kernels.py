@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,22 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels import ops, reference
+from fewbits.kernels.external import PackageError, missing
 from fewbits.kernels.fragments import unpack_fragments
 from fewbits.kernels.operands import Beside, PackedWeight
 from fewbits.kernels.words import pack_words
 from fewbits.outliers.parts import Sparse
+from fewbits.packed.forms import LAID_OUT
+from fewbits.packed.weight import KernelWeight
 
 SIZE, GROUP, ROTATION = 8192, 128, 8
 LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # of a LLaMA-8B block: qkv, o, gate and up, down
 BLOCKS = 32
+#: Other packages, bits and rows of their lines.
+PACKAGED = (
+    *(("humming", bits, rows) for bits, rows in ((4, 1), (4, 8), (3, 1), (2, 1))),
+    *(("gemlite", bits, rows) for bits, rows in ((4, 1), (4, 8), (2, 1))),
+)
 
 
 def graph_time(runs: list[Callable[[], Any]], repeats: int = 30) -> float:
@@ -174,31 +182,29 @@ def torch_int4(copy: float) -> dict[str, Any]:
     return line("torch int4 8192^2 g128, batch 1", took, limit, None, "", ratio=limit / took)
 
 
-def humming(copy: float, bits: int) -> dict[str, Any] | None:
-    """The same product by humming-kernels, where that is installed; its grid is symmetric."""
-    if find_spec("humming") is None:
+def packaged(name: str, copy: float, bits: int, rows: int) -> dict[str, Any] | None:
+    """The same product by another package, where that is installed, without zero points: what suits it best."""
+    if missing(name) is not None:
         return None
-    name = f"humming W{bits}A16 g128 8192^2, batch 1"
+    label = f"{name} W{bits}A16 g{GROUP} 8192^2, batch {rows}"
+    groups = SIZE // GROUP
+    codes = torch.randint(0, 1 << bits, (SIZE, SIZE), dtype=torch.uint8, device="cuda")
+    scale = (torch.rand(groups, SIZE, device="cuda") * 0.01 + 0.001).half()
+    zero = torch.full((groups, SIZE), 1 << (bits - 1), dtype=torch.uint8, device="cuda")
+    x = torch.randn(rows, SIZE, device="cuda", dtype=torch.float16)
     try:
-        from humming.layer import HummingLayer
-
-        layers = []
-        dense = torch.randn(SIZE, SIZE, device="cuda", dtype=torch.float16) * 0.02
-        for _ in range(ROTATION):
-            layer = HummingLayer(
-                shape_n=SIZE, shape_k=SIZE, weight_config={"dtype": f"int{bits}", "group_size": GROUP},
-                torch_dtype=torch.float16,
-            ).cuda()  # fmt: skip
-            layer.load_from_unquantized(dense)
-            layer.transform()
-            layers.append(layer)
-        x = torch.randn(1, SIZE, device="cuda", dtype=torch.float16)
-        took = graph_time([lambda layer=layer: layer(x) for layer in layers])
-    except Exception as error:  # another package's failure is a line of this table
-        print(f"{name}: failed, {type(error).__name__}: {str(error)[:200]}")
+        first = LAID_OUT[name](KernelWeight(codes, bits, GROUP, scale, zero), None, x.dtype, x.device)
+        expected = x.double() @ first.decoded().double().T
+        distance = float((first.product(x).double() - expected).norm() / expected.norm())
+        if not distance < 2e-3:
+            raise AssertionError(f"wrong result: relative distance {distance:.3g} from float64")
+        layers = [first, *(deepcopy(first) for _ in range(ROTATION - 1))]
+        took = graph_time([lambda layer=layer: layer.product(x) for layer in layers])
+    except PackageError as error:  # another package's failure is a line of this table
+        print(f"{label}: {error}")
         return None
     limit = SIZE * SIZE * (bits / 8 + 2 / GROUP) / copy * 1e6
-    return line(name, took, limit, None, "", ratio=limit / took)
+    return line(label, took, limit, None, f"distance {distance:.1e}", ratio=limit / took)
 
 
 def main() -> int:
@@ -226,7 +232,7 @@ def main() -> int:
             vector("W4A16 g128 8192^2, batch 8", machine.copy, None, bits=4, rows=8),
             torch_int4(machine.copy),
         ]
-        rows += [row for bits in (4, 3, 2) if (row := humming(machine.copy, bits)) is not None]
+        rows += [row for case in PACKAGED if (row := packaged(case[0], machine.copy, *case[1:])) is not None]
     if asked.only in (None, "int8"):
         rows += int8_product(machine.flops)
     if asked.only in (None, "decode"):

@@ -20,8 +20,8 @@ POINTERS = {
     "starts": "*i32", "places": "*i32", "entries": "*fp16",
 }  # fmt: skip
 ROWS = {
-    "x": "*fp16", "weight": "*fp16", "bias": "*fp16", "scale": "*fp32", "zero": "*fp32", "codes": "*i8",
-    "scales": "*fp32", "zeros": "*fp32", "sums": "*i32",
+    "x": "*fp16", "weight": "*fp16", "bias": "*fp16", "scale": "*fp32", "zero": "*fp32", "normed": "*fp16",
+    "codes": "*i8", "scales": "*fp32", "zeros": "*fp32", "sums": "*i32",
     **dict.fromkeys("low high middle shift floor norm_eps".split(), "fp32"),
 }  # fmt: skip
 INT8 = {
@@ -72,7 +72,7 @@ def main() -> None:
         assert "wgmma.mma_async" in made.asm["ptx"]
     finish = {"BIAS": True, "COLUMNS": True, "SPARSE": True, "BLOCK_N": 64, "ENTRIES": 16}
     compiled(triton_finish._finish_kernel, {**POINTERS, "out": "*fp16"}, finish, 4)
-    rows = {"STATIC": False, "SYMMETRIC": True, "NORM": 2, "BIAS": True, "BLOCK": 4096}
+    rows = {"STATIC": False, "SYMMETRIC": True, "NORM": 2, "TWICE": True, "BIAS": True, "KEEP": True, "BLOCK": 4096}
     compiled(triton_int8._quantize_rows_kernel, ROWS, rows, 8)
     config = triton_int8.MATRIX_CONFIGS[0]
     tile = {"BIAS": True, "ZERO_B": True, "EVEN": True, **config.kwargs}

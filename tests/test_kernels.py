@@ -18,7 +18,7 @@ from fewbits.errors import FewbitsError
 from fewbits.formats import PerTensor, PerToken, affine, symmetric
 from fewbits.kernels import native, ops, reference
 from fewbits.kernels.choose import Case, choose, milliseconds, padded_int_mm, unable
-from fewbits.kernels.operands import Beside, PackedWeight
+from fewbits.kernels.operands import Beside, Int8Matrix, PackedWeight, RowGrid
 from fewbits.kernels.words import pack_words
 from fewbits.outliers.parts import Sparse
 from fewbits.quantizer import Quantizer
@@ -321,6 +321,41 @@ def test_ops_take_the_pieces_of_a_weight_by_its_names() -> None:
     assert torch.equal(ops.packed_matmul(x, *pieces, backend="reference"), whole)
     named = dict(zip(fields, pieces, strict=True))
     assert torch.equal(ops.packed_matmul(x, **named, backend="reference"), whole)
+
+
+def test_ops_of_int8_are_those_that_saved_graphs_name() -> None:
+    grid, norm = ["scale", "zero", "low", "high", "symmetric", "floor"], ["weight", "bias", "eps", "centred"]
+    beside = ["scales_a", "zeros_a", "sums_a", "scales_b", "zeros_b", "sums_b", "bias", "dtype", "symmetric_b"]
+    for op, names in (
+        (ops.quantize_rows, ["x", *grid, "backend"]),
+        (ops.norm_quantize, ["x", *norm, *grid, "backend"]),
+        (ops.int8_matmul, ["a", "b", *beside, "backend"]),
+    ):
+        assert [held.name for held in op._opoverload._schema.arguments] == names
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("low", [-127, 0])
+def test_int8_matrices_go_whole_through_ops_as_around_them(low: int, backend: str) -> None:
+    x, dense = torch.randn(5, 64, device=DEVICE), torch.randn(7, 64, device=DEVICE)
+    bias = torch.randn(7, device=DEVICE)
+    given = RowGrid(None, None, low, 255 if low == 0 else 127, low < 0, 1e-5)
+    weight = ops.run_quantize_rows(dense, RowGrid(None, None, -127, 127, True), backend)._replace(symmetric=True)
+
+    def run(value: Tensor) -> Tensor:
+        return ops.multiply_int8(ops.quantize(value, given, backend), weight, bias, torch.float32, backend)
+
+    made = ops.run_quantize_rows(x, given, backend)
+    assert Int8Matrix.of(ops.quantize_rows(x, *given, backend)).flat()[0].equal(made.codes)
+    expected = (made.codes.double() - made.zeros[:, None]) * made.scales[:, None].double()
+    expected = expected @ (weight.codes.double() * weight.scales[:, None]).T + bias
+    assert (made.zeros != 0).any() == (low == 0)
+    torch.testing.assert_close(run(x).double(), expected, rtol=1e-6, atol=1e-5)
+    if backend == "reference":
+        assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+    differentiated = run(x.clone().requires_grad_())
+    assert torch.equal(differentiated, run(x))
+    assert differentiated.requires_grad, "an op without a derivative says so; a result without one would hide it"
 
 
 def test_unknown_backend_is_refused() -> None:

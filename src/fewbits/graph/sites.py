@@ -18,6 +18,7 @@ def find_sites(graph: Graph, param_shapes: dict[str, tuple[int, ...]]) -> dict[s
     """All sites of a recorded forward, keyed by name, in call order."""
     flow = graph.flow
     names = _base_names(graph, flow)
+    returned = {(note.path, value) for note in graph.module_io for value in note.outputs}
     sites: dict[str, Site] = {}
     for call in graph.calls:
         if call.index not in names:
@@ -31,6 +32,8 @@ def find_sites(graph: Graph, param_shapes: dict[str, tuple[int, ...]]) -> dict[s
                 continue
             site = Site(name, call.key, call.op, role, _slot(call, flow, role), call.index, ref.value, value.shape)
             site.tags = flow.tags(call, role, ref)
+            made = flow.maker(ref.value)
+            site.source = made.module if made and (made.module, ref.value) in returned else f"#{ref.value}"
             if "@" in call.key[1]:
                 site.tags |= {"expert"}
             if role == "weight":

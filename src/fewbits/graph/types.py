@@ -75,7 +75,8 @@ class Site:
     the call it is passed at; `tags` come from data flow. For weight sites `param` is the parameter's name, `layout`
     tells how the operand relates to (out, in) (see `operands.canonical`), and `view` is the (size, stride, offset) of
     the operand within a contiguous parameter, None where the forward copies the parameter first. `call` is the first
-    call's index.
+    call's index. `source` names the tensor, "" where it is not known: sites of one source hold one and the same
+    tensor; it is the path of the module whose own last op made it, or a `#` and a number.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Site:
     sliced: bool = False  # the operand is a part of the parameter (expert slice, chunk)
     uses: int = 1
     used_by: tuple[str, ...] = ()  # other places where the same parameter is read
+    source: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, enough to attach a quantizer to a rebuilt model without recording it again."""
@@ -107,6 +109,7 @@ class Site:
             "tags": sorted(self.tags),
             "view": self.view,
             "used_by": self.used_by,
+            "source": self.source,
         }
 
     @classmethod
@@ -132,6 +135,7 @@ class Site:
             view=view,
             sliced=bool(data["sliced"]),
             used_by=tuple(data["used_by"]),
+            source=data.get("source", ""),  # older checkpoints have none
         )
 
     @property

@@ -1,8 +1,10 @@
 """Which kernel multiplies a packed weight: the fastest of those able to, measured on the shape at hand.
 
-What torch brings comes first in the list, own C and Triton code after it, plain torch last: that can do everything and
-is what runs where nothing else can. A choice says why it was made. It is measured once a shape and kept; naming a
-kernel, or the variable FEWBITS_KERNEL, decides without measuring.
+What torch brings comes first in the list, other packages where they are installed after it, then own C and Triton
+code, plain torch last: that can do everything and is what runs where nothing else can. A choice says why it was made.
+It is measured once a shape and kept; naming a kernel, or the variable FEWBITS_KERNEL, decides without measuring. Other
+packages compile for every shape that they are measured on: FEWBITS_SKIP_KERNELS, names with commas between them, says
+which kernels are left out of what is measured.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
-from fewbits.kernels import fragments
+from fewbits.kernels import external, fragments
 from fewbits.kernels.available import has_triton
 
-VARIABLE = "FEWBITS_KERNEL"
+VARIABLE, SKIP = "FEWBITS_KERNEL", "FEWBITS_SKIP_KERNELS"
 #: Rows of a prompt, which kernels for fewer rows meet too. Only those within this factor of the fastest are asked it.
 PROMPT, CLOSE = 128, 3.0
 Run = Callable[[int], Any]
 #: By what the weight is: packed codes; int8 beside 8-bit activations; 8-bit floats beside such activations, or alone.
 KERNELS = {
-    "codes": ("torch_int4", "native", "triton_mma", "triton", "reference"),
+    "codes": ("torch_int4", "humming", "gemlite", "native", "triton_mma", "triton", "reference"),
     "int8": ("torch_int_mm", "native", "triton", "reference"),
     "float8": ("torch_scaled_mm", "reference"),
     "float8_weight": ("reference",),
@@ -104,7 +106,8 @@ _choices: dict[Case, Choice] = {}
 
 
 def _measured(case: Case, names: Sequence[str], make: Callable[[str], Run]) -> Choice:
-    reasons = {name: unable(name, case) for name in names}
+    skipped = _skipped()
+    reasons = {name: f"{SKIP} says so" if name in skipped else unable(name, case) for name in names}
     able = [name for name in names if reasons[name] is None]
     out = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if why is not None)
     if len(able) == 1:
@@ -115,7 +118,7 @@ def _measured(case: Case, names: Sequence[str], make: Callable[[str], Run]) -> C
         try:
             runs[name] = run = make(name)
             timed[name] = milliseconds(functools.partial(run, case.rows), case.device)
-        except (RuntimeError, NotImplementedError) as error:  # an op that this build of torch lacks
+        except (RuntimeError, NotImplementedError) as error:  # an op that this build of torch lacks, or a package
             if name == "reference":
                 raise
             out = "; ".join(filter(None, (out, f"not {name}: {str(error).splitlines()[0][:120]}")))
@@ -132,6 +135,13 @@ def _measured(case: Case, names: Sequence[str], make: Callable[[str], Run]) -> C
     shown = ", ".join(f"{name} {value:.3g} ms" for name, value in sorted(score.items(), key=lambda item: item[1]))
     far = ", ".join(f"{name} {value:.3g} ms" for name, value in timed.items() if name not in score)
     return Choice(best, f"fastest at {when} ({'; '.join(filter(None, (shown, far, out)))})", timed)
+
+
+def _skipped() -> set[str]:
+    names = [name.strip() for name in os.environ.get(SKIP, "").split(",") if name.strip()]
+    for name in names:
+        check_name(name)
+    return set(names) - {"reference"}
 
 
 def milliseconds(run: Callable[[], Any], device: torch.device, seconds: float = 0.05, least: int = 3) -> float:
@@ -159,10 +169,10 @@ def milliseconds(run: Callable[[], Any], device: torch.device, seconds: float = 
 
 
 def _torch_int4(case: Case) -> str | None:
-    if case.bits != 4 or case.table:
+    if case.bits != 4:
         return "it takes 4-bit codes on a uniform grid"
-    if case.extras:
-        return "it holds no parts beside the codes and no other order of columns"
+    if (why := _not_plain(case)) is not None:
+        return why
     if case.group not in (32, 64, 128, 256) or case.inputs % case.group:
         return "it takes groups of 32, 64, 128 or 256 columns that divide the row"
     if case.device.type == "cuda":
@@ -178,6 +188,12 @@ def _torch_int4(case: Case) -> str | None:
     return None
 
 
+def _not_plain(case: Case) -> str | None:
+    if case.table:
+        return "it takes codes on a uniform grid"
+    return "it holds no parts beside the codes and no other order of columns" if case.extras else None
+
+
 def _torch_int_mm(case: Case) -> str | None:
     if case.device.type == "cuda":
         return "it takes multiples of 8 rows and columns" if case.inputs % 8 or case.outputs % 8 else None
@@ -189,7 +205,20 @@ def _torch_scaled_mm(case: Case) -> str | None:
         return "it takes multiples of 16 rows and columns"
     if case.device.type == "cuda" and torch.cuda.get_device_capability(case.device) < (8, 9):
         return "this GPU has no 8-bit floats"
+    if case.device.type == "cpu" and not _scales_rows_on_cpu():
+        return "this build of torch gives a matrix of 8-bit floats one scale on a CPU, not one a row"
     return None if case.device.type in ("cpu", "cuda") else f"it does not run on {case.device.type}"
+
+
+@functools.cache
+def _scales_rows_on_cpu() -> bool:
+    """Whether `torch._scaled_mm` takes a scale a row there; some releases do not, and nothing else tells."""
+    codes, scale = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(codes, codes.t(), scale, scale.t(), out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _native(case: Case) -> str | None:
@@ -220,8 +249,42 @@ def _triton_mma(case: Case) -> str | None:
     return None if case.small else "zero points are no whole numbers of a code's size, or levels need 32 bits"
 
 
+def _humming(case: Case) -> str | None:
+    if (why := _package("humming", case, (7, 5))) is not None:
+        return why
+    return "it takes multiples of 128 rows and 64 columns" if case.outputs % 128 or case.inputs % 64 else None
+
+
+def _gemlite(case: Case) -> str | None:
+    if (why := _package("gemlite", case, (7, 0))) is not None:
+        return why
+    if case.bits not in (1, 2, 4, 8):
+        return "it takes codes of 1, 2, 4 or 8 bits"
+    return "it takes multiples of 32 rows and columns" if case.inputs % 32 or case.outputs % 32 else None
+
+
+def _package(package: str, case: Case, capability: tuple[int, int]) -> str | None:
+    """What humming and gemlite both need. capability: the least that a GPU is of."""
+    if case.device.type != "cuda":
+        return "it needs a GPU"
+    if (why := external.missing(package)) is not None:
+        return why
+    if case.dtype not in (torch.float16, torch.bfloat16):
+        return "it takes 16-bit activations"
+    least = max(capability, (8, 0)) if case.dtype == torch.bfloat16 else capability
+    if torch.cuda.get_device_capability(case.device) < least:
+        return "this GPU is of an older kind"
+    if (why := _not_plain(case)) is not None:
+        return why
+    if case.group < case.inputs and (case.group < 16 or case.group & (case.group - 1) or case.inputs % case.group):
+        return "it takes groups of a power of two columns, from 16, that divide the row"
+    return None if case.small else "zero points are no whole numbers of a code's size"
+
+
 _UNABLE: dict[str, Callable[[Case], str | None]] = {
     "torch_int4": _torch_int4,
+    "humming": _humming,
+    "gemlite": _gemlite,
     "torch_int_mm": _torch_int_mm,
     "torch_scaled_mm": _torch_scaled_mm,
     "native": _native,

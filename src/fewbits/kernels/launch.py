@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fewbits.kernels import fragments, triton_finish, triton_fragments, triton_group, triton_int8, triton_vector
-from fewbits.kernels.operands import Beside, PackedWeight
+from fewbits.kernels.operands import Beside, Int8Matrix, Norm, PackedWeight, RowGrid
 
 #: The bits of 1.0f, given at run time: see `triton_vector._mantissa`.
 ONE = 0x3F800000
@@ -177,64 +177,39 @@ def _finished(partial: Tensor, x: Tensor, beside: Beside) -> Tensor:
     return _tuned(key, triton_finish.CONFIGS, run)
 
 
-def quantize_rows(
-    x: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    low: int,
-    high: int,
-    symmetric: bool,
-    floor: float,
-    norm: int = 0,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm_eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`ops.quantize_rows` and `ops.norm_quantize` for `x` [m, k]; norm: 0 none, 1 RMS, 2 layer norm."""
+def quantize_rows(x: Tensor, grid: RowGrid, norm: Norm | None = None, out: Tensor | None = None) -> Int8Matrix:
+    """`ops.run_quantize_rows` and `ops.run_norm_quantize` for `x` [m, k]."""
     rows, columns = x.shape
     if x.stride(-1) != 1:
         x = x.contiguous()
     codes = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     scales, zeros = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     sums = torch.empty(rows, dtype=torch.int32, device=x.device)
+    made = Int8Matrix(codes, scales, zeros, sums)
     if rows == 0:
-        return codes, scales, zeros, sums
+        return made
     block = triton.next_power_of_2(columns)
-    shift = 128.0 if high > 127 else 0.0
-    middle = float((low + high + 1) // 2) if low >= 0 else 0.0
-    dummy = x
+    weight, bias, eps, centred, twice = (None, None, 0.0, False, False) if norm is None else norm
+    held = (x if given is None else given for given in (weight, bias, grid.scale, grid.zero, out))
     triton_int8._quantize_rows_kernel[(rows,)](
-        x, dummy if weight is None else weight, dummy if bias is None else bias, dummy if scale is None else scale,
-        dummy if zero is None else zero, codes, scales, zeros, sums, columns, x.stride(0), float(low), float(high),
-        middle, shift, floor, norm_eps,
-        STATIC=scale is not None, SYMMETRIC=symmetric, NORM=norm, BIAS=bias is not None, BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
+        x, *held, *made.flat(), columns, x.stride(0), float(grid.low), float(grid.high), float(grid.middle),
+        float(grid.shift), grid.floor, eps,
+        STATIC=grid.scale is not None, SYMMETRIC=grid.symmetric, NORM=0 if norm is None else 1 + centred,
+        TWICE=twice, BIAS=bias is not None, KEEP=out is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
-    return codes, scales, zeros, sums
+    return made
 
 
-def int8_matmul(
-    a: Tensor,
-    b: Tensor,
-    scales_a: Tensor,
-    zeros_a: Tensor,
-    sums_a: Tensor,
-    scales_b: Tensor,
-    zeros_b: Tensor,
-    sums_b: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    symmetric_b: bool,
-) -> Tensor:
-    """`ops.int8_matmul` by one kernel."""
-    (m, k), n = a.shape, len(b)
-    out = torch.empty(m, n, dtype=dtype, device=a.device)
+def int8_matmul(a: Int8Matrix, b: Int8Matrix, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`ops.run_int8_matmul` by one kernel."""
+    (m, k), n, device = a.codes.shape, len(b.codes), a.codes.device
+    out = torch.empty(m, n, dtype=dtype, device=device)
     if m == 0:
         return out
     small = triton.next_power_of_2(m)
-    beside = (scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, a if bias is None else bias, out, m, n, k)
-    constants = {"BIAS": bias is not None, "ZERO_B": not symmetric_b}
-    copied = m >= 128 and k % 16 == 0 and _copies(a.device)
+    beside = (*a.flat()[1:], *b.flat()[1:], a.codes if bias is None else bias, out, m, n, k)
+    constants = {"BIAS": bias is not None, "ZERO_B": not b.symmetric}
+    copied = m >= 128 and k % 16 == 0 and _copies(device)
     if copied:
         configs = triton_int8.COPIED_CONFIGS
     else:
@@ -245,13 +220,14 @@ def int8_matmul(
         grid = (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
         settings = {**constants, **meta, "num_warps": config.num_warps, "num_stages": config.num_stages}
         if copied:
-            tiles = (_tiles(a, meta["BLOCK_M"], meta["BLOCK_K"]), _tiles(b, meta["BLOCK_N"], meta["BLOCK_K"]))
-            triton_int8._copied_kernel[grid](*tiles, *beside, **settings)
+            left = _tiles(a.codes, meta["BLOCK_M"], meta["BLOCK_K"])
+            right = _tiles(b.codes, meta["BLOCK_N"], meta["BLOCK_K"])
+            triton_int8._copied_kernel[grid](left, right, *beside, **settings)
         else:
-            triton_int8._matrix_kernel[grid](a, b, *beside, EVEN=k % 256 == 0, **settings)
+            triton_int8._matrix_kernel[grid](a.codes, b.codes, *beside, EVEN=k % 256 == 0, **settings)
         return out
 
-    return _tuned(("int8", small, n, k, dtype, a.device.index, copied, *constants.items()), configs, run)
+    return _tuned(("int8", small, n, k, dtype, device.index, copied, *constants.items()), configs, run)
 
 
 def _tiles(matrix: Tensor, rows: int, columns: int) -> Any:

@@ -1,4 +1,4 @@
-"""A packed weight as one value: its codes, the numbers that say what they stand for, and the parts beside them.
+"""What the kernels multiply, each as one value: packed weights, and matrices of int8 codes with their grids.
 
 Everything here hands it on whole. Only ops that torch knows take it in pieces, for theirs are tensors and numbers.
 """
@@ -75,3 +75,65 @@ class PackedWeight(NamedTuple):
         """The weight whose pieces these are; missing ones at the end are missing parts."""
         words, scale, zero, table, bits, group, outputs, *beside = pieces
         return cls(words, scale, zero, table, bits, group, outputs, Beside(*beside))
+
+
+class RowGrid(NamedTuple):
+    """A uniform grid of codes low..high for the rows of a matrix.
+
+    `scale` and `zero` (one number each, on the device) fix it. Without them each row gets its own: `symmetric` [-b, b]
+    with b = max(|x|, floor), zero in the middle, or else its range with zero inside.
+    """
+
+    scale: Tensor | None
+    zero: Tensor | None
+    low: int
+    high: int
+    symmetric: bool
+    floor: float = 0.0
+
+    @property
+    def shift(self) -> int:
+        """By how much codes are moved down to be int8."""
+        return 128 if self.high > 127 else 0
+
+    @property
+    def middle(self) -> int:
+        """The code of zero in a symmetric grid, before the shift."""
+        return (self.low + self.high + 1) // 2 if self.low >= 0 else 0
+
+
+class Norm(NamedTuple):
+    """A layer norm (`centred`) or an RMS norm of rows [m, k], in float32; weight, bias: [k].
+
+    `twice`: rounded to the type of the rows before it is multiplied by the weight, and again after that.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    centred: bool
+    twice: bool = False
+
+
+class Int8Matrix(NamedTuple):
+    """A matrix [rows, k] of about (codes - zeros) * scales.
+
+    codes: int8 [rows, k]. scales: float32 [rows]. zeros: whole numbers, float32 [rows]. sums: of the codes of each row,
+    int32 [rows]. symmetric: known to have no zeros but 0.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    sums: Tensor
+    symmetric: bool = False
+
+    def flat(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tensors: what the op of torch that makes such a matrix gives."""
+        return self.codes, self.scales, self.zeros, self.sums
+
+    @classmethod
+    def of(cls, pieces: Sequence[Tensor], symmetric: bool = False) -> Int8Matrix:
+        """The matrix whose tensors these are."""
+        codes, scales, zeros, sums = pieces
+        return cls(codes, scales, zeros, sums, symmetric)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fewbits.errors import FewbitsError
 from fewbits.kernels import reference
-from fewbits.kernels.operands import ARGUMENTS, PackedWeight
+from fewbits.kernels.operands import ARGUMENTS, Int8Matrix, Norm, PackedWeight, RowGrid
 
 BACKENDS = ("auto", "triton", "reference")
 
@@ -131,7 +131,46 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0], dtype=torch.int32)
 
 
-def run_quantize_rows(
+def run_quantize_rows(x: Tensor, grid: RowGrid, backend: str = "auto") -> Int8Matrix:
+    """Rows of `x` [m, k] on a uniform grid; the codes of one that passes 127 are moved down by 128, as are `zeros`."""
+    run = _launchers().quantize_rows if _triton(backend, x) else reference.quantize_rows
+    made: Int8Matrix = run(x, grid)
+    return made
+
+
+def run_norm_quantize(
+    x: Tensor, norm: Norm, grid: RowGrid, backend: str = "auto", out: Tensor | None = None
+) -> Int8Matrix:
+    """`run_quantize_rows` of the norm of `x` [m, k], which is written to `out` [m, k], of the type of `x`, or nowhere.
+
+    The sums of a norm are taken in another order than torch's: in 16 bits few results differ, by their last bit.
+    """
+    if _triton(backend, x):
+        made: Int8Matrix = _launchers().quantize_rows(x, grid, norm, out)
+        return made
+    normed = reference.normalised(x, norm)
+    if out is not None:
+        out.copy_(normed)
+    return reference.quantize_rows(normed, grid)
+
+
+def run_int8_matmul(
+    a: Int8Matrix, b: Int8Matrix, bias: Tensor | None, dtype: torch.dtype, backend: str = "auto"
+) -> Tensor:
+    """a.scales[m] * b.scales[n] * sum_k (a[m, k] - a.zeros[m]) * (b[n, k] - b.zeros[n]) + bias[n], as `dtype` [m, n].
+
+    Sums and zero points are exact in int32; the rest is float32.
+    """
+    run = _launchers().int8_matmul if _triton(backend, a.codes) else reference.int8_matmul
+    out: Tensor = run(a, b, bias, dtype)
+    return out
+
+
+# The three as ops of torch take and give tensors and numbers. Saved graphs name them: their schemas must not change.
+
+
+@torch.library.custom_op("fewbits::quantize_rows", mutates_args=())
+def quantize_rows(
     x: Tensor,
     scale: Tensor | None,
     zero: Tensor | None,
@@ -141,26 +180,8 @@ def run_quantize_rows(
     floor: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of `x` [m, k] on a uniform grid of codes low..high: codes int8 [m, k], scales, zeros [m], sums int32 [m].
-
-    `scale` and `zero` (one number each, on the device) fix the grid; without them each row gets its own: `symmetric`
-    [-b, b] with b = max(|x|, floor), zero in the middle, or else its range with zero inside. The codes of a grid that
-    passes 127 are moved down by 128, and so is `zeros`. x is about (codes - zeros) * scales; sums are of the codes.
-    """
-    run = _launchers().quantize_rows if _triton(backend, x) else reference.encode_rows
-    return run(x, scale, zero, low, high, symmetric, floor)
-
-
-quantize_rows = torch.library.custom_op("fewbits::quantize_rows", mutates_args=())(run_quantize_rows)
-
-
-@quantize_rows.register_fake
-def _(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = x.shape[0]
-    return (
-        x.new_empty(x.shape, dtype=torch.int8), x.new_empty(rows, dtype=torch.float32),
-        x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.int32),
-    )  # fmt: skip
+    """`run_quantize_rows`, with the pieces of a `RowGrid`."""
+    return run_quantize_rows(x, RowGrid(scale, zero, low, high, symmetric, floor), backend).flat()
 
 
 @torch.library.custom_op("fewbits::norm_quantize", mutates_args=())
@@ -178,17 +199,12 @@ def norm_quantize(
     floor: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantize_rows` of the layer norm (`centred`) or RMS norm of `x` [m, k], which is never written out."""
-    if _triton(backend, x):
-        return _launchers().quantize_rows(
-            x, scale, zero, low, high, symmetric, floor, 2 if centred else 1, weight, bias, eps
-        )
-    made = reference.normalised(x, weight, bias, eps, centred)
-    return reference.encode_rows(made, scale, zero, low, high, symmetric, floor)
+    """`run_norm_quantize`, with the pieces of a `Norm` and a `RowGrid`."""
+    grid = RowGrid(scale, zero, low, high, symmetric, floor)
+    return run_norm_quantize(x, Norm(weight, bias, eps, centred), grid, backend).flat()
 
 
-@norm_quantize.register_fake
-def _(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _int8_like(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = x.shape[0]
     return (
         x.new_empty(x.shape, dtype=torch.int8), x.new_empty(rows, dtype=torch.float32),
@@ -196,7 +212,12 @@ def _(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )  # fmt: skip
 
 
-def run_int8_matmul(
+quantize_rows.register_fake(_int8_like)
+norm_quantize.register_fake(_int8_like)
+
+
+@torch.library.custom_op("fewbits::int8_matmul", mutates_args=())
+def int8_matmul(
     a: Tensor,
     b: Tensor,
     scales_a: Tensor,
@@ -210,20 +231,26 @@ def run_int8_matmul(
     symmetric_b: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """scales_a[m] * scales_b[n] * sum_k (a[m, k] - zeros_a[m]) * (b[n, k] - zeros_b[n]) + bias[n], as `dtype` [m, n].
-
-    a [m, k] and b [n, k] are int8, scales and (integer) zeros float32, sums the int32 row sums of the codes. Sums and
-    zero points are exact in int32; the rest is float32. symmetric_b: zeros_b is all zero.
-    """
-    given = (a, b, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, bias, dtype)
-    if _triton(backend, a):
-        return _launchers().int8_matmul(*given, symmetric_b)
-    return reference.int8_matmul(*given)
-
-
-int8_matmul = torch.library.custom_op("fewbits::int8_matmul", mutates_args=())(run_int8_matmul)
+    """`run_int8_matmul`, with the pieces of two `Int8Matrix`."""
+    left, right = Int8Matrix(a, scales_a, zeros_a, sums_a), Int8Matrix(b, scales_b, zeros_b, sums_b, symmetric_b)
+    return run_int8_matmul(left, right, bias, dtype, backend)
 
 
 @int8_matmul.register_fake
 def _(a: Tensor, b: Tensor, *rest: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0], dtype=rest[7] if dtype is None else dtype)
+
+
+def quantize(x: Tensor, grid: RowGrid, backend: str = "auto") -> Int8Matrix:
+    """`run_quantize_rows`, or the op made of it where something traces or differentiates."""
+    return run_quantize_rows(x, grid, backend) if eager(x) else Int8Matrix.of(quantize_rows(x, *grid, backend))
+
+
+def multiply_int8(
+    a: Int8Matrix, b: Int8Matrix, bias: Tensor | None, dtype: torch.dtype, backend: str = "auto"
+) -> Tensor:
+    """`run_int8_matmul`, or the op made of it where something traces or differentiates."""
+    if eager(a.scales):
+        return run_int8_matmul(a, b, bias, dtype, backend)
+    out: Tensor = int8_matmul(a.codes, b.codes, *a.flat()[1:], *b.flat()[1:], bias, dtype, b.symmetric, backend)
+    return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewbits.kernels.operands import PackedWeight
+from fewbits.kernels.operands import Int8Matrix, Norm, PackedWeight, RowGrid
 from fewbits.kernels.words import RUN
 
 
@@ -53,19 +53,17 @@ def _wide(held: Tensor) -> torch.dtype:
     return torch.promote_types(held.dtype, torch.float32)
 
 
-def encode_rows(
-    x: Tensor, scale: Tensor | None, zero: Tensor | None, low: int, high: int, symmetric: bool, floor: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`ops.quantize_rows` in torch: (codes int8 [m, k], scales [m], zeros [m], sums int32 [m])."""
-    shift = 128 if high > 127 else 0
-    middle = (low + high + 1) // 2 if low >= 0 else 0
+def quantize_rows(x: Tensor, grid: RowGrid) -> Int8Matrix:
+    """`ops.quantize_rows` in torch."""
+    scale, zero, low, high, symmetric, floor = grid
     value = x.float()
     if scale is None or zero is None:
         lowest, highest = value.amin(-1), value.amax(-1)
         if symmetric:
             bound = torch.maximum(highest, -lowest).clamp_min(floor)
             bound = torch.where(bound == 0, torch.ones_like(bound), bound)
-            scale, zero = (bound / (high - middle)).clamp_min(1e-20), torch.full_like(bound, float(middle))
+            scale = (bound / (high - grid.middle)).clamp_min(1e-20)
+            zero = torch.full_like(bound, float(grid.middle))
         else:
             lowest, highest = lowest.clamp_max(0), highest.clamp_min(0)
             flat = lowest == highest
@@ -75,40 +73,32 @@ def encode_rows(
     else:
         # copies: an op must not give back what it was given
         scale, zero = (held.float().reshape(-1).repeat(len(x)) for held in (scale, zero))
-    code = (torch.round(value / scale[:, None]) + zero[:, None]).clamp(low, high) - shift
-    return code.to(torch.int8), scale.contiguous(), (zero - shift).contiguous(), code.sum(-1).to(torch.int32)
+    code = (torch.round(value / scale[:, None]) + zero[:, None]).clamp(low, high) - grid.shift
+    sums = code.sum(-1).to(torch.int32)
+    return Int8Matrix(code.to(torch.int8), scale.contiguous(), (zero - grid.shift).contiguous(), sums)
 
 
-def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
-    """RMS norm, or with `centred` layer norm, in float32, rounded to the type of `x`."""
+def normalised(x: Tensor, norm: Norm) -> Tensor:
+    """The norm of `x`, rounded to the type of `x`."""
     value = x.float()
-    if centred:
+    if norm.centred:
         value = value - value.mean(-1, keepdim=True)
-    value = value * (value.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()
-    return (value if bias is None else value + bias.float()).to(x.dtype)
+    value = value * (value.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    value = (value.to(x.dtype).float() if norm.twice else value) * norm.weight.float()
+    return (value if norm.bias is None else value + norm.bias.float()).to(x.dtype)
 
 
 def int8_matmul(
-    a: Tensor,
-    b: Tensor,
-    scales_a: Tensor,
-    zeros_a: Tensor,
-    sums_a: Tensor,
-    scales_b: Tensor,
-    zeros_b: Tensor,
-    sums_b: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    product: Tensor | None = None,
+    a: Int8Matrix, b: Int8Matrix, bias: Tensor | None, dtype: torch.dtype, product: Tensor | None = None
 ) -> Tensor:
-    """`ops.int8_matmul` in torch; `product` is a @ b.T in int32 where something else made it.
+    """`ops.int8_matmul` in torch; `product` is a.codes @ b.codes.T in int32 where something else made it.
 
     Without one, the codes are multiplied as float32, 1024 columns at a time, whose sums stay within 2^24: exactly.
     """
     if product is None:
-        pieces = zip(a.split(1024, 1), b.split(1024, 1), strict=True)
+        pieces = zip(a.codes.split(1024, 1), b.codes.split(1024, 1), strict=True)
         product = sum((left.float() @ right.float().T).to(torch.int32) for left, right in pieces)
-    acc = product - zeros_a.int()[:, None] * sums_b[None, :]
-    acc = acc - (sums_a - a.shape[-1] * zeros_a.int())[:, None] * zeros_b.int()[None, :]
-    out = acc.float() * scales_a[:, None] * scales_b[None, :]
+    acc = product - a.zeros.int()[:, None] * b.sums[None, :]
+    acc = acc - (a.sums - a.codes.shape[-1] * a.zeros.int())[:, None] * b.zeros.int()[None, :]
+    out = acc.float() * a.scales[:, None] * b.scales[None, :]
     return (out if bias is None else out + bias.float()).to(dtype)

@@ -58,11 +58,15 @@ def _row_grid(low_value, high_value, low, high, middle, floor, SYMMETRIC: tl.con
 
 @triton.jit
 def _quantize_rows_kernel(
-    x, weight, bias, scale, zero, codes, scales, zeros, sums, columns, stride_x, low, high, middle, shift, floor,
-    norm_eps,
-    STATIC: tl.constexpr, SYMMETRIC: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, bias, scale, zero, normed, codes, scales, zeros, sums, columns, stride_x, low, high, middle, shift,
+    floor, norm_eps,
+    STATIC: tl.constexpr, SYMMETRIC: tl.constexpr, NORM: tl.constexpr, TWICE: tl.constexpr, BIAS: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. NORM: 0 none, 1 RMS, 2 layer norm; the row's sum of codes goes to `sums`."""
+    """One row a program. NORM: 0 none, 1 RMS, 2 layer norm; TWICE: `operands.Norm`; KEEP: write it to `normed` too.
+
+    The row's sum of codes goes to `sums`.
+    """
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     there = column < columns
@@ -71,10 +75,15 @@ def _quantize_rows_kernel(
         if NORM == 2:
             value = tl.where(there, value - tl.sum(value, 0) / columns, 0.0)
         value = value * (1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / columns + norm_eps))
+        if TWICE:
+            value = value.to(x.dtype.element_ty).to(tl.float32)
         value = value * tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
         if BIAS:
             value = value + tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
-        value = value.to(x.dtype.element_ty).to(tl.float32)  # as a norm of its own would have rounded
+        rounded = value.to(x.dtype.element_ty)  # as a norm of its own would have
+        if KEEP:
+            tl.store(normed + row.to(tl.int64) * columns + column, rounded, mask=there)
+        value = rounded.to(tl.float32)
     if STATIC:
         step, offset = tl.load(scale), tl.load(zero)
     else:

@@ -10,12 +10,19 @@ from torch import nn
 
 from fewbits.export.layers import Layer
 from fewbits.formats import Float8
+from fewbits.packed.external import GemliteLinear, HummingLinear
 from fewbits.packed.float8 import Float8Linear, float8_activations, float8_codes
 from fewbits.packed.int8 import Int8Linear, integer_activations
 from fewbits.packed.modules import CodesLinear, FragmentLinear, NativeLinear, Packed, TorchInt4Linear
 from fewbits.packed.weight import KernelWeight, kernel_weight
 from fewbits.quantizer import Quantizer
 
+#: Layers laid out on the device that they run on, for its kind.
+LAID_OUT: dict[str, Callable[..., Packed]] = {
+    "torch_int4": TorchInt4Linear,
+    "humming": HummingLinear,
+    "gemlite": GemliteLinear,
+}
 #: Weights of at most so many bits stay packed beside 8-bit activations: halving them again is worth more than int8.
 NARROW_BITS = 4
 
@@ -79,8 +86,8 @@ def _codes(layer: Layer, old: nn.Module, entering: Quantizer | None) -> Form:
     def make(name: str) -> Packed:
         if inside is not None:
             return Int8Linear(weight, bias, name, inside)
-        if name == "torch_int4":
-            return TorchInt4Linear(weight, bias, parameter.dtype, parameter.device)
+        if name in LAID_OUT:
+            return LAID_OUT[name](weight, bias, parameter.dtype, parameter.device)
         if name == "triton_mma":
             return FragmentLinear(weight, bias)
         return NativeLinear(weight, bias) if name == "native" else CodesLinear(weight, bias, name)

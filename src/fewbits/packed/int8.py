@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,14 +10,13 @@ from torch import Tensor
 from fewbits.formats import Uniform
 from fewbits.kernels import ops, reference
 from fewbits.kernels.choose import padded_int_mm
+from fewbits.kernels.operands import Int8Matrix, RowGrid
 from fewbits.packed.modules import Packed
 from fewbits.quantizer import Quantizer
 
 if TYPE_CHECKING:
+    from fewbits.packed.shared import Link
     from fewbits.packed.weight import KernelWeight
-
-#: Quantized rows: codes, scales, zero points, sums of the codes.
-Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Int8Linear(Packed):
@@ -41,44 +39,49 @@ class Int8Linear(Packed):
         self.symmetric = not bool(self.zero.any())
         self.activations = activations
         self.rows = row_grid(activations)
+        self.shared: Link | None = None  # the layers that have its input too
 
-    def product(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        eager = ops.eager(x)
-        quantized = self._quantized(flat, ops.run_quantize_rows if eager else ops.quantize_rows)
-        if self.kernel in ("torch_int_mm", "native"):
-            in_c = ops.run_native_int8_product if eager else ops.native_int8_product
-            multiply = padded_int_mm if self.kernel == "torch_int_mm" else in_c
-            product = multiply(quantized[0], self.codes)
-            out = reference.int8_matmul(
-                quantized[0], self.codes, *quantized[1:], self.scale, self.zero, self.sums, self.bias, x.dtype, product
-            )
-        else:
-            run = ops.run_int8_matmul if eager else ops.int8_matmul
-            out = run(
-                quantized[0], self.codes, *quantized[1:], self.scale, self.zero, self.sums, self.bias, x.dtype,
-                self.symmetric, backend=self.kernel,
-            )  # fmt: skip
-        return out.reshape(*x.shape[:-1], self.out_features)
+    @property
+    def backend(self) -> str:
+        """Of `ops.quantize`, for its input."""
+        return self.kernel if self.kernel in ops.BACKENDS else "auto"
 
-    def _quantized(self, flat: Tensor, quantize_rows: Callable[..., Any]) -> Rows:
-        """(codes, scales, zeros, sums) of the rows."""
+    def grid(self) -> RowGrid | None:
+        """What its input is quantized on, where `ops.quantize` does that."""
+        if self.rows is None:
+            return None
         fmt = self.activations.spec.format
         assert isinstance(fmt, Uniform)
-        backend = self.kernel if self.kernel in ops.BACKENDS else "auto"
-        if self.rows is not None:
-            params = {} if self.activations.spec.dynamic else self.activations.params
-            scale = fmt.scale_of(params) if params else None
-            zero = params.get("zero_point", torch.zeros_like(scale)) if scale is not None else None
-            symmetric, floor = self.rows
-            made: Rows = quantize_rows(flat, scale, zero, fmt.q_min, fmt.q_max, symmetric, floor, backend=backend)
-            return made
+        params = {} if self.activations.spec.dynamic else self.activations.params
+        scale = fmt.scale_of(params) if params else None
+        zero = params.get("zero_point", torch.zeros_like(scale)) if scale is not None else None
+        return RowGrid(scale, zero, fmt.q_min, fmt.q_max, *self.rows)
+
+    def product(self, x: Tensor) -> Tensor:
+        link = self.shared if ops.eager(x) else None
+        rows = self._quantized(x) if link is None else link.rows(x, self._quantized)
+        weight = Int8Matrix(self.codes, self.scale, self.zero, self.sums, self.symmetric)
+        if self.kernel in ("torch_int_mm", "native"):
+            in_c = ops.run_native_int8_product if ops.eager(x) else ops.native_int8_product
+            multiply = padded_int_mm if self.kernel == "torch_int_mm" else in_c
+            out = reference.int8_matmul(rows, weight, self.bias, x.dtype, multiply(rows.codes, weight.codes))
+        else:
+            out = ops.multiply_int8(rows, weight, self.bias, x.dtype, self.kernel)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def _quantized(self, x: Tensor) -> Int8Matrix:
+        """The rows [m, in] of `x` [..., in] as int8."""
+        flat = x.reshape(-1, x.shape[-1])
+        if (grid := self.grid()) is not None:
+            return ops.quantize(flat, grid, self.backend)
+        fmt = self.activations.spec.format
+        assert isinstance(fmt, Uniform)
         params = self.activations._spread(flat)
         shift = 128 if fmt.q_max > 127 else 0
         codes = (fmt.encode(flat, params).to(torch.int16) - shift).to(torch.int8)
         scale = fmt.scale_of(params).reshape(-1).expand(len(flat)).contiguous()
         zero = params.get("zero_point", torch.zeros_like(fmt.scale_of(params))).reshape(-1).expand(len(flat)) - shift
-        return codes, scale, zero.contiguous(), codes.sum(-1, dtype=torch.int32)
+        return Int8Matrix(codes, scale, zero.contiguous(), codes.sum(-1, dtype=torch.int32))
 
     def decoded(self) -> Tensor:
         return (self.codes.float() - self.zero[:, None]) * self.scale[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fewbits.graph.types import Site
 from fewbits.kernels.choose import Case, choose
 from fewbits.packed.forms import form_of
 from fewbits.packed.modules import Packed
+from fewbits.packed.shared import SharedInput, share
 from fewbits.packed.weight import NotPackable
 from fewbits.quantizer import Quantizer
 
@@ -36,19 +37,31 @@ class PackedLayer:
 
 @dataclass
 class PackResult:
-    """What `pack` did. `skipped` maps the sites that stay simulated, or floating point, to the reason."""
+    """What `pack` did. `skipped` maps the sites that stay simulated, or floating point, to the reason.
+
+    `shared`: inputs that are quantized once for several layers, or by the norm that makes them.
+    """
 
     model: nn.Module
     layers: dict[str, PackedLayer] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    shared: list[SharedInput] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
+
+    def sharing(self) -> str:
+        """In words, how many layers quantize their input together, and how many norms do it for them."""
+        together = [shared for shared in self.shared if len(shared.layers) > 1]
+        norms = sum(bool(shared.norm) for shared in self.shared)
+        layers = sum(len(shared.layers) for shared in together)
+        return f"{layers} layers share {len(together)} inputs, quantized once each; {norms} norms quantize as they norm"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
             "layers": {path: vars(layer) for path, layer in self.layers.items()},
             "skipped": dict(self.skipped),
+            "shared": [vars(shared) for shared in self.shared],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
         }
@@ -57,15 +70,20 @@ class PackResult:
 def pack(model: nn.Module, *, kernel: str = "auto", rows: int = 1) -> PackResult:
     """Swap, in place, every quantized linear layer of `model` for one that holds codes.
 
-    The outputs stay those of the simulation up to the order of sums; beside 16-bit activations scales may be rounded
-    to float16 too (2^-10). Activation quantizers that a kernel does not do itself go on in simulation. Afterwards the
-    model no longer knows its float weights or its recipe: keep the checkpoint.
+    The outputs stay those of the simulation up to the order of sums; beside 16-bit activations scales may be rounded to
+    float16 too (2^-10), by "torch_int4" and "humming" to the type of the activations. "gemlite" sums few rows in an
+    order that is another at every call. Activation quantizers that a kernel does not do itself go on in simulation.
+    Layers in 8-bit integers that have their input in common quantize it once; on a GPU the norm that makes it does, in
+    one kernel, whose 16-bit results differ from torch's in few last bits. Afterwards the model no longer knows its
+    float weights or its recipe: keep the checkpoint.
 
     Args:
         model: with quantizers attached: after `fewbits.quantize`, or `fewbits.load(DIR).model`. It is packed for the
             device it is on.
         kernel: "auto" measures which is fastest; or the name of the one to take wherever it is for such weights:
-            "triton_mma", "triton", "native", "torch_int4", "torch_int_mm", "torch_scaled_mm", "reference".
+            "triton_mma", "triton", "native", "torch_int4", "torch_int_mm", "torch_scaled_mm", "humming", "gemlite",
+            "reference". humming and gemlite take part where they are installed (`pip install 'fewbits[humming]'`); they
+            compile for each shape, which takes seconds: FEWBITS_SKIP_KERNELS=humming,gemlite leaves them out.
         rows: tokens (or samples) in a batch that kernels are chosen for; 1 is decoding. Below 128 they are chosen for
             a prompt of 128 before as many such batches.
 
@@ -97,6 +115,7 @@ def pack(model: nn.Module, *, kernel: str = "auto", rows: int = 1) -> PackResult
         path, module, made = plans.pop(0)
         _swap(attachment, root, path, module)
         result.layers[path] = made
+    _share(attachment, root, result)
     _leave(attachment, result)
     result.bytes_after = held_bytes(attachment.model)
     return result
@@ -227,6 +246,19 @@ def _swap(attachment: Attachment, root: nn.Module, path: str, module: Packed) ->
         if attachment.quantizer(site.name) is not None:
             attachment.set_quantizer(site.name, None)
     setattr(root.get_submodule(parent), leaf, module)
+
+
+def _share(attachment: Attachment, root: nn.Module, result: PackResult) -> None:
+    """Let packed layers quantize together what they have in common."""
+    sources = {site.key[0]: site.source for site in attachment.sites.values() if site.role == "input"}
+    acting = [site.key for site, _ in attachment.items()]
+    acting += [attachment.sites[name].key for name in attachment.factors] + list(attachment.replacements)
+    wanted = {path: sources.get(path, "") for path in result.layers}
+    result.shared = share(root, wanted, {path for path, _, _ in acting})
+    for shared in result.shared:
+        for path in shared.layers:
+            layer = result.layers[path]
+            result.layers[path] = replace(layer, note=f"{layer.note}, {shared.note()}")
 
 
 def _leave(attachment: Attachment, result: PackResult) -> None:
