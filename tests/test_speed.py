@@ -128,6 +128,11 @@ def test_bad_input_is_refused_before_anything_is_measured() -> None:
         speed_reference("demo:digits", bits="W16A8")
 
 
+def test_float_models_are_rounded_to_bits_that_quantize_activations_too() -> None:
+    report = speed_reference("demo:digits", bits="W8A8")
+    assert report["layers"] and "rounded to nearest at W8A8" in report["notes"][0]
+
+
 def test_command_prints_json_and_a_table() -> None:
     command = ["speed", "demo:digits", "--bits", "W4A16g32"]
     run = CliRunner().invoke(app, [*command, "--json"])

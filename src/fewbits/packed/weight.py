@@ -14,8 +14,11 @@ from fewbits.outliers.parts import Columns, Sparse
 
 #: Levels that a table may have.
 TABLE_LEVELS = 16
-#: Largest relative change of a scale or level that is stored in 16 bits.
+#: Largest relative change of a number that is stored in 16 bits.
 HALF_ERROR = 2.0**-10
+#: Largest change of a level stored in 16 bits, as a part of its row's largest: a level near zero may change by more of
+#: itself than others, for it is added to products with those.
+LEVEL_ERROR = 2.0**-20
 
 
 class NotPackable(Exception):
@@ -66,7 +69,8 @@ def kernel_weight(layer: Layer, dtype: torch.dtype) -> KernelWeight:
     """The kernels' form of a weight in a model of type `dtype`. Raises `NotPackable` with the reason.
 
     Scales, levels and parts are float32; beside 16-bit activations float16, where that changes none of them by more
-    than 2^-10. Zero points are uint8 where they are whole numbers of a byte.
+    than 2^-10 of itself, or of a level 2^-20 of the largest in its row. Zero points are uint8 where they are whole
+    numbers of a byte.
     """
     fmt = layer.quantizer.spec.format
     if isinstance(fmt, Uniform) and not fmt.fractional and fmt.bits <= 8:
@@ -78,16 +82,18 @@ def kernel_weight(layer: Layer, dtype: torch.dtype) -> KernelWeight:
     for name in ("scale", "table", "columns", "entries"):
         held = getattr(made, name)
         if held is not None and small:
-            setattr(made, name, _half(held))
+            least = LEVEL_ERROR * held.abs().amax(0) if name == "table" else 0.0
+            setattr(made, name, _half(held, least))
     if made.zero is not None and made.integer_zero and 0 <= int(made.zero.min()) <= int(made.zero.max()) <= 255:
         made.zero = made.zero.to(torch.uint8)
     return made
 
 
-def _half(value: Tensor) -> Tensor:
+def _half(value: Tensor, least: Tensor | float) -> Tensor:
+    """`value` in 16 bits; as it is where that would change a number by more than HALF_ERROR of it and than `least`."""
     kept = value.half()
     error = (kept.float() - value).abs()
-    return kept if bool((error <= HALF_ERROR * value.abs()).all()) else value
+    return kept if bool(((error <= HALF_ERROR * value.abs()) | (error <= least)).all()) else value
 
 
 def _uniform(layer: Layer) -> KernelWeight:

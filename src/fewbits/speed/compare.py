@@ -73,15 +73,21 @@ def _round(loaded: LoadedModel, bits: Any) -> None:
     from fewbits.formats import affine
     from fewbits.papers.common import HEAD, token_rules, weight_rules
     from fewbits.ranges import MinMax
-    from fewbits.recipe import Calibration, Recipe, Scheme
+    from fewbits.recipe import Calibration, Recipe, Scheme, Step
+    from fewbits.steps.calibrate import CalibrateActivations
     from fewbits.steps.nearest import RoundNearest
 
     if bits.weight is None:
         raise FewbitsError(f"bits {bits}: there is nothing to pack where weights stay floating point")
     weights = weight_rules(bits, affine(bits.weight), MinMax(), without=HEAD)
     scheme = Scheme(weights, token_rules(bits, without=HEAD))
-    recipe = Recipe("rtn", bits, scheme, (RoundNearest(),), Calibration(samples=1))
-    loaded.model = quantize(loaded.model, recipe, [], example=loaded.example_batch(1), device=str(loaded.device)).model
+    example = loaded.example_batch(1)
+    steps: tuple[Step, ...] = (RoundNearest(),)
+    data = []
+    if bits.activation is not None:
+        steps, data = (CalibrateActivations(), *steps), [example]
+    recipe = Recipe("rtn", bits, scheme, steps, Calibration(samples=1))
+    loaded.model = quantize(loaded.model, recipe, data, example=example, device=str(loaded.device)).model
 
 
 def compare(loaded: LoadedModel, *, batch: int = 1, seqlen: int | None = None, kernel: str = "auto") -> dict[str, Any]:
@@ -133,7 +139,7 @@ def compare(loaded: LoadedModel, *, batch: int = 1, seqlen: int | None = None, k
         )
     layers = packed.layers.values()
     simulated = attachment_of(model) is not None or any("in simulation" in layer.note for layer in layers)
-    notes = []
+    notes = [packed.sharing()] if packed.shared else []
     if simulated:
         notes.append("some activation quantizers go on in simulation, which costs time a deployed model does not spend")
     cache = machine.cache
