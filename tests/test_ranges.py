@@ -184,6 +184,66 @@ def test_joint_search_visits_few_windows_and_holds_little(monkeypatch: pytest.Mo
     assert torch.equal(whole["zero_point"], pieces["zero_point"]) and torch.equal(whole["scale"], pieces["scale"])
 
 
+LARGE = {
+    "normal": lambda x: x,
+    "heavy": lambda x: x / (x.flip(0).abs() + 0.05),
+    "softmax": lambda x: torch.softmax(x.view(-1, 50) * 3, -1),
+    "below": lambda x: -x.relu() - 0.1,
+    "steps": lambda x: (3 * x).round(),
+    "far off": lambda x: x + 1000,
+    "constant": lambda x: torch.full_like(x, 2.5),
+}
+
+
+@pytest.mark.parametrize("fmt", [affine(2), affine(8), symmetric(4)], ids=["affine-2", "affine-8", "symmetric-4"])
+@pytest.mark.parametrize("name", LARGE)
+def test_joint_search_of_a_large_tensor_tries_few_ranges_and_finds_the_same(
+    monkeypatch: pytest.MonkeyPatch, name: str, fmt: Format
+) -> None:
+    from fewbits.ranges import joint
+
+    tried = [0]
+    attempt = joint._Search._try
+
+    def counting(self: joint._Search, rows: Tensor, *rest: Tensor) -> None:
+        tried[0] += len(rows) if self.exact.counts is None else 0
+        attempt(self, rows, *rest)
+
+    monkeypatch.setattr(joint._Search, "_try", counting)
+    x = LARGE[name](torch.randn(300_000, generator=torch.Generator().manual_seed(0)))
+    by_bins, few = JointSearch(20).fit(x, fmt, PerTensor()), tried[0]
+    monkeypatch.setattr(joint, "_MANY", 1 << 62)
+    plain = JointSearch(20).fit(x, fmt, PerTensor())
+    assert all(torch.equal(value, plain[key]) for key, value in by_bins.items()), (by_bins, plain)
+    assert few <= 4 or few < 0.35 * (tried[0] - few)
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("bits", [3, 8])
+def test_the_error_told_by_bins_is_never_too_large(name: str, bits: int) -> None:
+    from fewbits.ranges import joint
+    from fewbits.ranges.base import extremes
+    from fewbits.ranges.sketch import Sample, sketch
+
+    x = LARGE[name](torch.randn(20_000, generator=torch.Generator().manual_seed(1))).reshape(1, -1)
+    ends = extremes(x)
+    bins = sketch(x, *ends, limit=3000)
+    assert bins.counts is not None and int(bins.counts.sum()) == x.numel()
+    place = torch.searchsorted(bins.x[0], x[0]).clamp_max(bins.x.shape[1] - 1)
+    near = torch.minimum((bins.x[0][place] - x[0]).abs(), (bins.x[0][(place - 1).clamp_min(0)] - x[0]).abs())
+    assert float(near.max()) <= bins.radius, "every value lies in a bin"
+    search = joint._Search(Sample(x, *ends), affine(bits), 20, 2.4, bins)
+    share = torch.linspace(0.05, 1.1, 60)
+    lo, hi = ends[0].clamp_max(0) * share, ends[1].clamp_min(0) * share.flip(0)
+    params = affine(bits).from_range(lo, hi)
+    rows = {key: value[:, None] for key, value in params.items()}
+    exact = (x - affine(bits).nearest(x, rows)[0]).double().abs().pow(2.4).sum(1)
+    least = search._least(torch.zeros(60, dtype=torch.int64), lo, hi)
+    assert bool((least <= exact * (1 + 1e-5) + 1e-12).all())
+    if name in ("normal", "heavy"):
+        assert bool((least >= 0.8 * exact).all()), "a bound that is worth having"
+
+
 def test_joint_search_decides_the_side_for_the_whole_tensor() -> None:
     x = make("normal", (4, 200), 0).abs()
     assert bool((JointSearch().fit(x, affine(4), PerChannel(0))["zero_point"] == 0).all())

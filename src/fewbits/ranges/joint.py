@@ -20,13 +20,15 @@ from fewbits.formats.base import Format, Params
 from fewbits.formats.granularity import PerChannel
 from fewbits.formats.uniform import Uniform
 from fewbits.ranges.base import Range, extremes, ranges
-from fewbits.ranges.candidates import WidthZeroPoint, extent_with_zero, window
+from fewbits.ranges.candidates import WidthZeroPoint, window
 from fewbits.ranges.scores import LpError
 from fewbits.ranges.search import power_unit, search_blocks
+from fewbits.ranges.sketch import BINS, Sample, sketch, total
 
 _ROWS = PerChannel(0)
 _AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 25}  # values per pass: what a cache holds, or enough to fill a device
 _MARGIN = 1 + 1e-4  # float32 errors of a window must not rule it out
+_MANY = 4 * BINS  # of a single block with more values than this, ranges are first tried on a sketch
 
 
 @ranges.register
@@ -40,7 +42,9 @@ class JointSearch(Range):
     wins, narrow before wide and few codes below zero before many.
 
     The answer is that of trying all. Windows whose clipping error alone exceeds the best error so far are left out:
-    moving or narrowing a window can only let more be clipped at the same end. Memory does not grow with the blocks.
+    moving or narrowing a window can only let more be clipped at the same end. Of a single large block (an activation)
+    the values are counted in bins first: what wins there is tried at once, and what must be worse than that, as the
+    bins show, not at all. Memory does not grow with the blocks.
     """
 
     kind: ClassVar[str] = "joint_search"
@@ -61,16 +65,35 @@ class JointSearch(Range):
             sides = (-1.0, 0.0)
         elif free and not _aligned(fmt):
             return search_blocks(blocks, fmt, WidthZeroPoint(self.num), LpError(self.p))
-        rows = max(1, _AT_ONCE.get(blocks.device.type, _AT_ONCE["cpu"]) // blocks.shape[1])
+        rows = max(1, _limit(blocks) // blocks.shape[1])
         found = []
         for part in blocks.split(rows):
-            search = _Search(part, fmt, self.num, self.p)
-            if free and sides == (-1.0, 1.0):
-                search.windows()
-            else:
-                search.thresholds(*sides)
+            search = _searched(part, fmt, self.num, self.p, None if free and sides == (-1.0, 1.0) else sides)
             found.append((search.lo, search.hi))
         return fmt.from_range(torch.cat([lo for lo, _ in found]), torch.cat([hi for _, hi in found]))
+
+
+def _limit(x: Tensor) -> int:
+    return _AT_ONCE.get(x.device.type, _AT_ONCE["cpu"])
+
+
+def _searched(x: Tensor, fmt: Format, num: int, p: float, sides: tuple[float, float] | None) -> _Search:
+    """The best thresholds of blocks on the given sides, or windows."""
+    search = _Search(Sample(x, *extremes(x)), fmt, num, p)
+    if len(x) == 1 and x.shape[1] > _MANY and search.ordinary and _nearest(fmt):
+        bins = sketch(x, search.exact.low, search.exact.high, search.limit)
+        rough = _Search(bins, fmt, num, p)
+        rough.run(sides)
+        search = _Search(search.exact, fmt, num, p, bins)
+        search.start(rough)
+    search.run(sides)
+    return search
+
+
+def _nearest(fmt: Format) -> bool:
+    """Whether every value goes to the level nearest to it, so that how far it moves changes no faster than the
+    value."""
+    return type(fmt) is Uniform and not fmt.fractional and fmt.rounding != "floor"
 
 
 def _aligned(fmt: Format) -> bool:
@@ -82,15 +105,17 @@ def _aligned(fmt: Format) -> bool:
 class _Search:
     """The best range so far of every block: its error (sum over the block), place in the order, and ends.
 
-    Several tries of a block run at once where blocks are small: as many as `_AT_ONCE` values allow.
+    Several tries of a block run at once where blocks are small: as many as `_AT_ONCE` values allow. `rough` tells what
+    a range's error is at least, for less than trying it.
     """
 
-    def __init__(self, x: Tensor, fmt: Format, num: int, p: float) -> None:
-        self.x, self.fmt, self.num, self.p = x, fmt, num, p
+    def __init__(self, exact: Sample, fmt: Format, num: int, p: float, rough: Sample | None = None) -> None:
+        x = exact.x
+        self.exact, self.fmt, self.num, self.p = exact, fmt, num, p
+        self.rough = rough
         self.unit = power_unit(x)
         self.ordinary = bool((self.unit == 1).all())
-        self.limit = _AT_ONCE.get(x.device.type, _AT_ONCE["cpu"])
-        self.tries = max(1, self.limit // x.shape[1])
+        self.limit = _limit(x)
         self.best = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
         self.place = torch.full((len(x),), torch.iinfo(torch.int64).max, device=x.device)
         self.lo, self.hi = torch.zeros(len(x), device=x.device), torch.zeros(len(x), device=x.device)
@@ -98,9 +123,21 @@ class _Search:
 
     # -- what is tried -----------------------------------------------------------------------------------------------
 
+    def run(self, sides: tuple[float, float] | None) -> None:
+        """Try thresholds on the given sides, or windows."""
+        if sides is None:
+            self.windows()
+        else:
+            self.thresholds(*sides)
+
+    def start(self, found: _Search) -> None:
+        """Try what another search found best."""
+        tried = found.best.isfinite().nonzero().flatten()
+        self._visit(tried, found.lo[tried], found.hi[tried], found.place[tried])
+
     def thresholds(self, below: float, above: float) -> None:
         """[below t, above t] for every t, wide to narrow."""
-        largest = self.x.abs().amax(1)
+        largest = torch.maximum(self.exact.low.abs(), self.exact.high.abs())
         bounded = isinstance(self.fmt, Uniform) and not self.fmt.fractional
 
         def visit(rows: Tensor, indices: Tensor) -> Tensor:
@@ -125,7 +162,7 @@ class _Search:
         """Every width and zero point, wide to narrow, between the zero points that clip too much at one end."""
         assert isinstance(self.fmt, Uniform)
         steps = self.fmt.levels - 1
-        extent = extent_with_zero(self.x)
+        extent = self.exact.high.clamp_min(0) - self.exact.low.clamp_max(0)
 
         def visit(row: Tensor, index: Tensor, zero: Tensor) -> None:
             self._visit(row, *window(extent[row], self.num, index, zero, steps), index * (steps + 1) + zero)
@@ -139,7 +176,7 @@ class _Search:
         self.lo, self.hi = window(extent, self.num, 1, 0, steps)
         rows = (extent / steps > self.fmt.eps).nonzero().flatten()
         # a good error to start from: windows over the data's own zero point
-        zero = (-self.x.amin(1).clamp_max(0) / extent.clamp_min(self.fmt.eps) * steps).round().long().clamp(0, steps)
+        zero = (-self.exact.low.clamp_max(0) / extent.clamp_min(self.fmt.eps) * steps).round().long().clamp(0, steps)
         for indices in self._groups(rows, max(1, self.num // 20)):
             row, index = _pairs(rows, indices)
             visit(row, index, zero[row])
@@ -163,22 +200,32 @@ class _Search:
         """The widths, largest first, as many in one tensor as may be tried at once for `rows`, and few enough that
         what the wider ones showed spares the narrower ones."""
         indices = torch.arange(self.num, 0, -stride, device=rows.device)
-        return iter(indices.split(max(1, min(self.tries // max(1, len(rows)), self.num // 12))))
+        at_once = self._tries(self.rough or self.exact) // max(1, len(rows))
+        return iter(indices.split(max(1, min(at_once, self.num // 12))))
 
     # -- how it does -------------------------------------------------------------------------------------------------
 
     def _visit(self, rows: Tensor, lo: Tensor, hi: Tensor, place: Tensor) -> None:
-        """Try a range for each of `rows`; a row may come more than once."""
-        for chosen in torch.arange(len(rows), device=rows.device).split(self.tries):
+        """Try a range for each of `rows` unless it must be worse than the best; a row may come more than once."""
+        if self.rough is not None:
+            split = [chosen.split(self._tries(self.rough)) for chosen in (rows, lo, hi)]
+            least = [self._least(*chosen) for chosen in zip(*split, strict=True)]
+            kept = torch.cat(least) <= self.best[rows] * _MARGIN
+            rows, lo, hi, place = rows[kept], lo[kept], hi[kept], place[kept]
+        for chosen in torch.arange(len(rows), device=rows.device).split(self._tries(self.exact)):
             self._try(rows[chosen], lo[chosen], hi[chosen], place[chosen])
+
+    def _tries(self, sample: Sample) -> int:
+        """Of how many ranges a sample's errors are worked out at once."""
+        return max(1, self.limit // sample.x.shape[1])
 
     def _try(self, rows: Tensor, lo: Tensor, hi: Tensor, place: Tensor) -> None:
         params = self.fmt.from_range(lo, hi)
         error = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-        for x, unit in self._pieces(rows):
+        for x, counts in self.exact.pieces(rows, self.limit):
             quantized = self.fmt.nearest(x, self._spread(params, x))[0]
-            error += self._scaled(x - quantized, unit).abs_().pow_(self.p).sum(1)
-            if x.shape[1] < self.x.shape[1] and bool((error > self.best[rows]).all()):
+            error += total(self._scaled(x - quantized, rows).abs_().pow_(self.p), counts)
+            if x.shape[1] < self.exact.x.shape[1] and bool((error > self.best[rows]).all()):
                 return
         best = self.best.scatter_reduce(0, rows, error, "amin")
         held = torch.where(self.best == best, self.place, torch.iinfo(torch.int64).max)
@@ -187,6 +234,16 @@ class _Search:
         won = (error == best[rows]) & (place == self.place[rows])
         self.lo[rows[won]], self.hi[rows[won]] = lo[won], hi[won]
 
+    def _least(self, rows: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+        """[n]: what the error of ranges is at least."""
+        assert self.rough is not None
+        params = self.fmt.from_range(lo, hi)
+        out = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        for x, counts in self.rough.pieces(rows, self.limit):
+            moved = (x - self.fmt.nearest(x, self._spread(params, x))[0]).abs_()
+            out += total(moved.sub_(self.rough.radius).clamp_min_(0).pow_(self.p), counts)
+        return out
+
     def _clipped(self, lo: Tensor, hi: Tensor, rows: Tensor) -> Tensor:
         """[2, n]: the least error of the values below the grid of a range, and of those above it."""
         assert isinstance(self.fmt, Uniform)
@@ -194,23 +251,21 @@ class _Search:
         zero = params.get("zero_point", torch.zeros_like(lo))
         ends = [((code - zero) * params["scale"]).unsqueeze(1) for code in (self.fmt.q_min, self.fmt.q_max)]
         out = torch.zeros(2, len(rows), dtype=torch.float64, device=rows.device)
-        for x, unit in self._pieces(rows):
-            out[0] += self._scaled(ends[0] - x, unit).clamp_min_(0).pow_(self.p).sum(1)
-            out[1] += self._scaled(x - ends[1], unit).clamp_min_(0).pow_(self.p).sum(1)
+        sample = self.rough or self.exact
+        for x, counts in sample.pieces(rows, self.limit):
+            out[0] += self._beyond(ends[0] - x, counts, sample.radius, rows)
+            out[1] += self._beyond(x - ends[1], counts, sample.radius, rows)
         return out
 
-    def _scaled(self, error: Tensor, unit: Tensor) -> Tensor:
-        """An error in place, in the block's unit, so that its power is a normal number."""
-        return error if self.ordinary else error.div_(unit)
+    def _beyond(self, distance: Tensor, counts: Tensor | None, radius: float, rows: Tensor) -> Tensor:
+        """[n]: the least error of values this far beyond an end, in place."""
+        if radius:
+            distance.sub_(radius)
+        return total(self._scaled(distance, rows).clamp_min_(0).pow_(self.p), counts)
 
-    def _pieces(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        if len(self.x) == 1:
-            x, unit = self.x.expand(len(rows), -1), self.unit.expand(len(rows), -1)
-        elif torch.equal(rows, self.all):
-            x, unit = self.x, self.unit
-        else:
-            x, unit = self.x[rows], self.unit[rows]
-        return [(piece, unit) for piece in x.split(max(1, self.limit // max(1, len(rows))), 1)]
+    def _scaled(self, error: Tensor, rows: Tensor) -> Tensor:
+        """An error in place, in the block's unit, so that its power is a normal number."""
+        return error if self.ordinary else error.div_(self.unit[rows])
 
     def _spread(self, params: Params, x: Tensor) -> Params:
         specs = self.fmt.param_specs()
