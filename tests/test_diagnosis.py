@@ -173,7 +173,7 @@ def test_the_switchboard_reaches_both_ends_and_back(
     subject = subject_of(make(), data, **options)
     with torch.no_grad():
         quantized = [subject.model(batch) for batch in data]
-    board = Switchboard(subject.model, subject.attachment, subject.floats)
+    board = Switchboard(subject.model, subject.attachment, subject.floats, subject.device)
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
     with torch.no_grad():
         board.use(())
@@ -187,6 +187,23 @@ def test_the_switchboard_reaches_both_ends_and_back(
             assert torch.equal(subject.model(batch), want)
     after = subject.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(("recipe", "bits"), [("rtn", "W4A4"), ("squeezellm", "W3A16"), ("owq", "W4A16")])
+@pytest.mark.parametrize("held", [True, False])
+def test_everything_that_is_compared_lies_on_one_device(recipe: str, bits: str, held: bool) -> None:
+    """Codes, grids and float weights come from different places; here none of them starts on the device."""
+    subject = subject_of(encoder(), tokens(8), recipe=recipe, bits=bits)
+    assert subject.attachment.codes
+    if not held:  # as where codes are safe on disk: the grid rounds the float weight again
+        subject.attachment.codes.clear()
+    device = torch.device("meta")
+    board = Switchboard(subject.model, subject.attachment, subject.floats, device)
+    for site in board.sites.values():
+        assert all(value.device == device for value in board.quantizers[site.name].params.values())
+        if site.role == "weight":
+            exact, quantized = board.weight(site), board.quantized_weight(site)
+            assert exact.device == quantized.device == device and exact.shape == quantized.shape
 
 
 @pytest.mark.parametrize(("make", "data"), [(encoder, tokens(8)), (skipnet, images(8))])

@@ -82,7 +82,7 @@ class Bench:
     def __init__(self, subject: Subject, advance: Callable[[], None]) -> None:
         self.subject = subject
         self.advance = advance
-        self.board = Switchboard(subject.model, subject.attachment, subject.floats)
+        self.board = Switchboard(subject.model, subject.attachment, subject.floats, subject.device)
         self.store = ActivationStore(Budget(), subject.device)
         self.replay = Replay(subject.model, subject.attachment, subject.graph, subject.graph.units, self.store)
 

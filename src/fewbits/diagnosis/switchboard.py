@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from fewbits.attach import Attachment
@@ -14,12 +15,20 @@ from fewbits.quantizer import Quantizer
 
 
 class Switchboard:
-    """`floats` are the float weights (out, in, *kernel) of the quantized weight sites, transforms done."""
+    """`floats` are the float weights (out, in, *kernel) of the quantized weight sites, transforms done.
 
-    def __init__(self, model: nn.Module, attachment: Attachment, floats: Mapping[str, Tensor]) -> None:
+    Everything is compared on `device`, that of the model: codes and grids of a checkpoint, which lie beside its model
+    and do not move with it, are brought there once, float weights from wherever they lie as they are read.
+    """
+
+    def __init__(
+        self, model: nn.Module, attachment: Attachment, floats: Mapping[str, Tensor], device: torch.device
+    ) -> None:
         self.model = model
         self.attachment = attachment
         self.floats = floats
+        self.device = device
+        attachment.move(attachment.sites, device, quantizers=True)
         self.quantizers = {site.name: quantizer for site, quantizer in attachment.items()}
         self.sites = {site.name: site for site, _ in attachment.items()}
         self._now: dict[str, Quantizer | None] = dict(self.quantizers)
@@ -37,11 +46,11 @@ class Switchboard:
         return self.attachment.codes, self.attachment.group_index, self.attachment.parts
 
     def weight(self, site: Site) -> Tensor:
-        """The float weight as a float32 matrix (out, columns)."""
-        return self.floats[site.name].float().flatten(1)
+        """The float weight as a float32 matrix (out, columns) on the device."""
+        return self.floats[site.name].to(self.device, torch.float32).flatten(1)
 
     def quantized_weight(self, site: Site) -> Tensor:
-        """What runs in its place, float32 (out, columns)."""
+        """What runs in its place, float32 (out, columns) on the device."""
         if site.name in self.attachment.codes:
             return self.attachment.decoded(site.name).float()
         return self.quantizers[site.name](self.weight(site))
