@@ -16,6 +16,7 @@ from fewbits import quantize
 from fewbits.engine.tree import map_tensors
 from fewbits.errors import FewbitsError
 from fewbits.formats import LogSqrt2, PerChannel, PerTensor
+from fewbits.graph import record
 from fewbits.papers import build_recipe, implemented, recipe_names
 from fewbits.recipe import Scheme
 from golden import folder
@@ -54,6 +55,19 @@ def test_joined_recipes_take_each_part_from_the_paper_that_brings_it() -> None:
     assert sweeps == [["CalibrateInline"], ["Reparameterize"], ["ReconstructUnit"], ["LearnSteps"]]
     assert refined.scheme.weights == build_recipe("repq-vit", "W4A4").scheme.weights
     assert refined.scheme.activations == build_recipe("repq-vit", "W4A4").scheme.activations
+
+
+@pytest.mark.parametrize(("first", "second"), [("repq-vit", "brecq"), ("brecq", "repq-vit"), ("repq-vit", "qdrop")])
+def test_joined_recipes_quantize_activations_only_where_their_paper_does(first: str, second: str) -> None:
+    """A solver's own 8-bit edges are of outputs; RepQ-ViT quantizes inputs."""
+    model, args, kwargs = zoo_tiny.MODELS["timm-vit"]()
+    sites = record(model, *args, **kwargs).sites.values()
+    joined, placed = (build_recipe(name, "W4A4").scheme for name in (f"{first}+{second}", "repq-vit"))
+    activations = [site for site in sites if site.role != "weight"]
+    assert any(placed.spec(site) for site in activations)
+    assert {s.name: joined.spec(s) for s in activations} == {s.name: placed.spec(s) for s in activations}
+    bits = {s.name: spec.format.bits for s in sites if s.role == "weight" and (spec := joined.spec(s)) is not None}
+    assert bits["patch_embed.proj.weight"] == bits["head.weight"] == 8 and set(bits.values()) == {4, 8}
 
 
 @pytest.mark.parametrize("pair", ["gptq+adaround", "gptq+brecq", "adaround+brecq", "brecq+gptq"])
@@ -302,6 +316,24 @@ def test_brecq_lowers_the_block_error_that_nearest_leaves() -> None:
 def test_brecq_with_fisher_weights_runs(mode: str) -> None:
     result = quantize(skipnet(), "brecq", images(8), bits="W2A16", options={"iters_w": 3, "opt_mode": mode})
     assert len(result.attachment.codes) >= 9
+
+
+@pytest.mark.parametrize(
+    ("name", "ends", "inside"),
+    [
+        ("timm-resnet", ("act1.output", "layer4.0.act2.output", "fc.input"), ("layer1.0.act1.output",)),
+        ("timm-vit", ("patch_embed.proj.output", "norm.output"), ("blocks.0.attn.qkv.input", "blocks.0.add.output")),
+    ],
+)
+def test_brecq_keeps_what_the_last_layer_reads_at_eight_bits(
+    name: str, ends: tuple[str, ...], inside: tuple[str, ...]
+) -> None:
+    model, args, kwargs = zoo_tiny.MODELS[name]()
+    sites = record(model, *args, **kwargs).sites
+    scheme = build_recipe("brecq", "W3A3").scheme
+    found = {name: spec.format.bits for name, site in sites.items() if (spec := scheme.spec(site)) is not None}
+    assert {site: found[site] for site in ends} == dict.fromkeys(ends, 8)
+    assert {site: found[site] for site in inside} == dict.fromkeys(inside, 3)
 
 
 # -- claims, on really trained models --------------------------------------------------------------------------------

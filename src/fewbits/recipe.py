@@ -314,8 +314,10 @@ EXCLUSIVE = ("datagen", "allocation", "activations", "weight_grid", "rounding", 
 def join(first: Recipe, second: Recipe) -> Recipe:
     """`first+second`: each part comes from the recipe that brings it, from `first` where neither does.
 
-    Transforms and corrections of both apply, `first`'s before `second`'s. Of a recipe that brings only data or bits,
-    nothing else is taken. Raises `FewbitsError` if both bring one exclusive part.
+    Transforms and corrections of both apply, `first`'s before `second`'s. Overrides of weights too; those of
+    activations come with the quantizers that they change, as elsewhere they would add quantizers at places that are
+    not quantized. Of a recipe that brings only data or bits, nothing else is taken. Raises `FewbitsError` if both bring
+    one exclusive part.
     """
     for part in EXCLUSIVE:
         if part in first.brings and part in second.brings:
@@ -349,13 +351,19 @@ def join(first: Recipe, second: Recipe) -> Recipe:
         steps += [step for step in owner.steps if step.part == part]
     steps += both("correction")
     calibration = source("rounding").calibration
+    overrides = [
+        rule
+        for recipe in (first, second)
+        for rule in recipe.scheme.overrides
+        if recipe is acting or not rule.roles or "weight" in rule.roles
+    ]
     return Recipe(
         f"{first.name}+{second.name}",
         first.bits,
         Scheme(
             grid.scheme.weights,
             acting.scheme.activations,
-            first.scheme.overrides + second.scheme.overrides,
+            tuple(overrides),
         ),
         tuple(steps),
         calibration,

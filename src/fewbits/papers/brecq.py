@@ -7,10 +7,11 @@ together on the block's output error, optionally weighted by the diagonal or ful
 3.3). Then, weights final, the step sizes of the activation quantizers are tuned block by block. Reuses AdaRound's
 relaxation, batch-norm folding, per-channel affine weights and per-tensor activations, both with the range of least
 |error|^2.4. First and last layer: 8-bit weights, and the first layer is rounded to nearest. Activations are quantized
-after a layer's activation and after a residual add's, not on the branches.
+after a layer's activation and after a residual add's, not on the branches. On a transformer that puts one range on the
+residual stream, twice a block, where no norm has tamed it; `placement` "inputs" leaves the stream in floating point.
 
-Departs from the released code: the tensor that feeds the last layer is kept at 8 bits itself (the release sets another
-tensor on ResNets). The paper's genetic mixed-precision search is not in this recipe.
+Departs from the released code: the tensor that feeds the last layer is kept at 8 bits itself, before pooling or a final
+norm (the release sets another tensor on ResNets). The paper's genetic mixed-precision search is not in this recipe.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def recipe(
         spec = QSpec(raw_affine(bits.activation), PerTensor(), search)
         steps = (*steps, CalibrateInline(samples=64, weights=False, late=True), LearnSteps(iters_a, batch, lr))
         activations = block_rules(spec, placement)
-    overrides = edge_rules((*weights, *activations), ("first_layer", "last_layer"), 8) if edges_8bit else ()
+    overrides: tuple[Rule, ...] = ()
+    if edges_8bit:
+        overrides = edge_rules(weights, ("first_layer", "last_layer"), 8)
+        overrides += edge_rules(activations, ("first_layer", "feeds_last_layer", "last_layer"), 8)
     return Recipe(
         "brecq",
         bits,
