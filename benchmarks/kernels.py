@@ -1,4 +1,4 @@
-"""The kernel table of one GPU: `python benchmarks/kernels.py [--out FILE.json] [--only NAME]`.
+"""The kernel table of one GPU: `python benchmarks/kernels.py [--out FILE.jsonl] [--only NAME]`.
 
 Each line is checked against float64 before it is timed, on weights that rotate so that none is found in the L2 cache,
 under CUDA graphs, medians. Limits are measured in the same run: a copy for what is bound by memory, a bf16 product for
@@ -209,7 +209,7 @@ def packaged(name: str, copy: float, bits: int, rows: int) -> dict[str, Any] | N
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="also write the rows there, as JSON")
+    parser.add_argument("--out", type=Path, help="also write the rows there, one JSON line each")
     parser.add_argument("--only", choices=["vector", "int8", "decode"], help="a part of the table")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
@@ -238,7 +238,8 @@ def main() -> int:
     if asked.only in (None, "decode"):
         rows += decoding(machine.copy)
     if asked.out is not None:
-        asked.out.write_text(json.dumps({"machine": machine.to_dict(), "rows": rows}, indent=1))
+        where = {"machine": f"{machine.name}, copy {machine.copy / 1e12:.2f} TB/s", "torch": torch.__version__}
+        asked.out.write_text("".join(json.dumps(row | where) + "\n" for row in rows))
     missed = [row["name"] for row in rows if row["met"] is False]
     print(f"{len(missed)} targets missed{': ' + ', '.join(missed) if missed else ''}")
     return 0

@@ -29,10 +29,12 @@ from fewbits.engine.source import Streamed
 
 #: What each run is measured against: (figure, where it comes from).
 ANCHORS = {
-    "gptq": [(45.0, "target, seconds"), (226.0, "llm-compressor 0.14 on one H200, seconds")],
+    "gptq": [(45.0, "target, seconds"), (226.0, "llm-compressor 0.14 on one H200, seconds; 3.9 GB")],
     "awq": [(90.0, "target, seconds")],
     "brecq": [(60.0, "target, seconds")],
 }
+#: Targets for the peak of GPU memory, gigabytes.
+MEMORY = {"gptq": 4.0}
 LAYERS, TOKENS, SEQUENCES = 32, 2048, 128
 
 
