@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ import kill_and_resume
 from engine_models import encoder, tokens
 from fewbits import quantize
 from fewbits.engine import snapshot
+from fewbits.engine.context import UnitContext
 from fewbits.engine.statistics import Hessian
 from fewbits.errors import FewbitsError
 from fewbits.papers import build_recipe
+from fewbits.steps.nearest import RoundNearest
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {
@@ -94,6 +97,20 @@ def test_a_resumed_run_knows_how_the_first_one_added_up_hessians(
     for other in (resumed, old):
         assert first.attachment.codes.keys() == other.attachment.codes.keys()
         assert all(torch.equal(codes, other.attachment.codes[name]) for name, codes in first.attachment.codes.items())
+
+
+def test_a_resumed_run_says_what_the_first_one_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noting(RoundNearest):
+        def apply(self, unit: UnitContext) -> None:
+            super().apply(unit)
+            unit.note(f"{unit.name} was rounded")
+
+    recipe = build_recipe("rtn", "W4A16")
+    first = quantize(encoder(), replace(recipe, steps=(Noting(),)), tokens(4), work_dir=tmp_path)
+    assert sum("was rounded" in note for note in first.notes) > 1
+    monkeypatch.setattr(Noting, "apply", RoundNearest.apply)  # units that are done again would say nothing
+    resumed = quantize(encoder(), replace(recipe, steps=(Noting(),)), tokens(4), work_dir=tmp_path, resume=True)
+    assert resumed.notes == first.notes
 
 
 def test_streamed_weights_give_the_bits_of_a_model_in_memory(tmp_path: Path) -> None:

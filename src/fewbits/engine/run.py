@@ -426,7 +426,9 @@ class Run:
         # A step may have seen to the activation behind the unit too.
         sites = [*self.glue_sites(index), *self.graph.sites_of(unit), *self.glue_sites(index + 1)]
         held, described = snapshot.take(self.model, self.attachment, names_in(self.model, unit), sites)
-        described["hessian_arithmetic"] = sorted(self.hessian_arithmetic)  # of this unit and those before
+        # of this unit and those before
+        described["hessian_arithmetic"] = sorted(self.hessian_arithmetic)
+        described["notes"] = list(self.notes)
         return held, described
 
     def _restore(self, sweep: int, index: int) -> None:
@@ -434,6 +436,8 @@ class Run:
         held, described = self.commits.read(sweep, index)
         snapshot.put(self.model, self.attachment, held, described, device=self.device)
         self.hessian_arithmetic.update(described.get("hessian_arithmetic", ["unrecorded"]))
+        for message in described.get("notes", ()):
+            self.note(message)
 
     def outside(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Snapshot of what lies in no unit."""
