@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fewbits
+from cuda_graphs import replays
 from engine_models import encoder, images, skipnet, tokens
 from fewbits import quantize
 from fewbits.diagnosis.workflow import diagnose_reference
@@ -209,16 +210,7 @@ def test_a_packed_layer_is_captured_in_a_graph_and_gives_the_same_bits(rows: int
     x = torch.randn(rows, layer.in_features, device="cuda", dtype=torch.float16)
     with torch.no_grad():
         expected = layer(x)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            layer(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = layer(x)
-        for _ in range(3):
-            out.zero_()
-            graph.replay()
+        for out in replays(lambda: layer(x)):
             assert torch.equal(out, expected)
     reference = x.double() @ layer.weight.double().T + (0 if layer.bias is None else layer.bias.double())
     assert (expected.double() - reference).norm() <= 2e-3 * reference.norm()

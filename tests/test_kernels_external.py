@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fewbits
+from cuda_graphs import replays
 from engine_models import encoder, tokens
 from fewbits.errors import FewbitsError
 from fewbits.kernels import external
@@ -378,16 +379,7 @@ def test_captured_in_a_graph_and_compiled(name: str) -> None:
     x = torch.randn(1, 512, device=CUDA, dtype=torch.float16)
     with torch.no_grad():
         expected = x.double() @ layer.decoded().double().T
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            layer(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = layer(x)
-        for _ in range(3):
-            out.zero_()
-            graph.replay()
+        for out in replays(lambda: layer(x)):
             assert distance(out, expected) < 2e-3
         compiled = torch.compile(layer, fullgraph=True)
         assert distance(compiled(x), expected) < 2e-3
