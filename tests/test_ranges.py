@@ -218,6 +218,26 @@ def test_joint_search_of_a_large_tensor_tries_few_ranges_and_finds_the_same(
     assert few <= 4 or few < 0.35 * (tried[0] - few)
 
 
+@pytest.mark.parametrize("name", ["normal", "heavy", "softmax", "below"])
+def test_a_range_found_by_bins_stays_where_sums_of_the_same_numbers_differ(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A GPU adds up in an order that depends on how much it is given at once."""
+    from fewbits.ranges import joint
+
+    x = LARGE[name](torch.randn(300_000, generator=torch.Generator().manual_seed(0)))
+    expected = JointSearch(20).fit(x, affine(8), PerTensor())
+    calls, total = [0], joint.total
+
+    def drifting(errors: Tensor, counts: Tensor | None) -> Tensor:
+        calls[0] += 1
+        return total(errors, counts).double() * (1 + 1e-9 * calls[0])
+
+    monkeypatch.setattr(joint, "total", drifting)
+    found = JointSearch(20).fit(x, affine(8), PerTensor())
+    assert all(torch.equal(value, found[key]) for key, value in expected.items()), (expected, found)
+
+
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize("bits", [3, 8])
 def test_the_error_told_by_bins_is_never_too_large(name: str, bits: int) -> None:

@@ -173,7 +173,9 @@ class _Search:
             return self._clipped(*ends, row)[end] <= self.best[row] * _MARGIN
 
         # where the smallest step allowed is too coarse for every window, all are equal and the first stays
-        self.lo, self.hi = window(extent, self.num, 1, 0, steps)
+        new = self.best.isinf()
+        lo, hi = window(extent, self.num, 1, 0, steps)
+        self.lo, self.hi = torch.where(new, lo, self.lo), torch.where(new, hi, self.hi)
         rows = (extent / steps > self.fmt.eps).nonzero().flatten()
         # a good error to start from: windows over the data's own zero point
         zero = (-self.exact.low.clamp_max(0) / extent.clamp_min(self.fmt.eps) * steps).round().long().clamp(0, steps)
