@@ -17,8 +17,10 @@ from torch import Tensor
 from fewbits.errors import FewbitsError
 from fewbits.formats import PerTensor, PerToken, affine, symmetric
 from fewbits.kernels import native, ops, reference
-from fewbits.kernels.choose import Case, choose, milliseconds, padded_int_mm, unable
+from fewbits.kernels.choose import choose, milliseconds
+from fewbits.kernels.needs import Case, unable
 from fewbits.kernels.operands import Beside, Int8Matrix, PackedWeight, RowGrid
+from fewbits.kernels.reference import padded_int_mm
 from fewbits.kernels.words import pack_words
 from fewbits.outliers.parts import Sparse
 from fewbits.quantizer import Quantizer

@@ -19,7 +19,8 @@ from cuda_graphs import replays
 from engine_models import encoder, tokens
 from fewbits.errors import FewbitsError
 from fewbits.kernels import external
-from fewbits.kernels.choose import Case, choose, unable
+from fewbits.kernels.choose import choose
+from fewbits.kernels.needs import Case, unable
 from fewbits.kernels.words import unpack_words
 from fewbits.packed.external import GemliteLinear, HummingLinear
 from fewbits.packed.forms import LAID_OUT
@@ -115,7 +116,7 @@ def test_asked_for_where_they_cannot_run() -> None:
 def test_choice_goes_on_without_a_package_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewbits.kernels.choose._choices", {})
     monkeypatch.setattr("fewbits.kernels.choose.milliseconds", lambda run, *_: run())
-    monkeypatch.setattr("fewbits.kernels.choose.has_triton", lambda: False)
+    monkeypatch.setattr("fewbits.kernels.needs.has_triton", lambda: False)
     made: list[str] = []
 
     def make(name: str) -> Any:

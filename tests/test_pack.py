@@ -100,7 +100,7 @@ def test_packed_gives_what_the_simulation_gave(
 @pytest.mark.parametrize("rows", ["channel", "tensor"])
 def test_eight_bit_floats(inputs: str, rows: str) -> None:
     from fewbits.formats import Float8, PerChannel, PerTensor, PerToken
-    from fewbits.kernels.choose import _scales_rows_on_cpu
+    from fewbits.kernels.needs import _scales_rows_on_cpu
     from fewbits.ranges import AbsMax
     from fewbits.recipe import Bits, Calibration, QSpec, Recipe, Rule, Scheme
     from fewbits.steps.calibrate import CalibrateActivations

@@ -102,3 +102,11 @@ def int8_matmul(
     acc = acc - (a.sums - a.codes.shape[-1] * a.zeros.int())[:, None] * b.zeros.int()[None, :]
     out = acc.float() * a.scales[:, None] * b.scales[None, :]
     return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T in int32 by torch, for int8 [m, k] and [n, k]; few rows are filled up where a GPU wants more than 16."""
+    rows = a.shape[0]
+    if a.is_cuda and rows <= 16:
+        a = torch.nn.functional.pad(a, (0, 0, 0, 32 - rows))
+    return torch._int_mm(a, b.t())[:rows]

@@ -31,7 +31,7 @@ NARROW_BITS = 4
 class Form:
     """A weight as it will be packed.
 
-    kind: of `kernels.choose.KERNELS`. bits, group, table, extras, small: as in `kernels.choose.Case`. takes_input: the
+    kind: of `kernels.choose.KERNELS`. bits, group, table, extras, small: as in `kernels.needs.Case`. takes_input: the
     product quantizes its input itself. note: what happens to the activations. make: the module for a kernel's name.
     """
 

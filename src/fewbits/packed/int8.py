@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fewbits.formats import Uniform
 from fewbits.kernels import ops, reference
-from fewbits.kernels.choose import padded_int_mm
 from fewbits.kernels.operands import Int8Matrix, RowGrid
+from fewbits.kernels.reference import padded_int_mm
 from fewbits.packed.modules import Packed
 from fewbits.quantizer import Quantizer
 

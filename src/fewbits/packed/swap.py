@@ -14,7 +14,8 @@ from fewbits.errors import FewbitsError
 from fewbits.export.layers import Layer, layer_of
 from fewbits.graph.operands import unwrapped
 from fewbits.graph.types import Site
-from fewbits.kernels.choose import Case, choose
+from fewbits.kernels.choose import choose
+from fewbits.kernels.needs import Case
 from fewbits.packed.forms import form_of
 from fewbits.packed.modules import Packed
 from fewbits.packed.shared import SharedInput, share
