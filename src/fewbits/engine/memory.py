@@ -48,6 +48,7 @@ def forecast(
     recorded_batch: int,
     batch: int,
     streamed: bool,
+    lent: int,
     device: torch.device,
     limits: tuple[int, int],
     unread: Unit | None,
@@ -55,8 +56,9 @@ def forecast(
     """Predict the peak of a run over `samples` calibration samples in batches of `batch`.
 
     `parameter_bytes` maps parameter names to bytes; `recorded_batch` is the batch size of the recorded forward, from
-    which activation sizes are scaled. With `streamed` only parameters outside the units are resident. `limits` are the
-    bytes of activations allowed on the device and in host memory; `unread` is the unit whose outputs nobody reads.
+    which activation sizes are scaled. With `streamed` only parameters outside the units are resident, but for `lent`
+    bytes that come while a unit's inputs are captured. `limits` are the bytes of activations allowed on the device and
+    in host memory; `unread` is the unit whose outputs nobody reads.
     """
     # only where there is a grid matters here; whether a target holds it is checked later, with better words
     recipe = dataclasses.replace(recipe, scheme=dataclasses.replace(recipe.scheme, target=""))
@@ -86,11 +88,11 @@ def forecast(
         inside = 4 * max((_bytes(graph, value, recorded_batch) for value in made), default=0)
         working = copies * owned[unit.name] + int(inside * batch)
         statistics = 0 if idle else max((step.statistics_bytes(graph, unit) for step in recipe.steps), default=0)
-        worst = max(worst, (working, statistics), key=sum)
+        worst = max(worst, (working, statistics), (copies * owned[unit.name] + lent, 0), key=sum)
     cached = int(boundary * samples * streams)
     on_device = min(cached, limits[0]) if device.type == "cuda" else min(cached, sum(limits))
     in_host = min(cached, sum(limits)) - on_device
-    resident = glue if streamed else sum(parameter_bytes.values())
+    resident = glue - lent if streamed else sum(parameter_bytes.values())
     return Forecast(resident, worst[0], on_device, worst[1], max(0, cached - sum(limits)), in_host)
 
 

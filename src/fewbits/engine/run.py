@@ -185,7 +185,7 @@ class Run:
         self.store = ActivationStore(budget, device, self.streamed)
         self.source: Source
         if source is not None:
-            source.open(model, self.units, device)
+            source.open(model, self.graph, self.units, device)
             self.source = source
         else:
             self.source = InMemory(model, self.store)
@@ -196,7 +196,8 @@ class Run:
         unread = self.units[-1] if self.units and not self._read(len(self.units) - 1) else None
         self.forecast = forecast(
             self.graph, self.units, recipe, {n: p.numel() * p.element_size() for n, p in model.named_parameters()},
-            sum(self.sizes), batch_size(self.example), max(self.sizes, default=1), self.streamed, device,
+            sum(self.sizes), batch_size(self.example), max(self.sizes, default=1), self.streamed,
+            0 if source is None else source.lending.bytes, device,
             (self.store.device_limit, self.store.host_limit), unread,
         )  # fmt: skip
         # What a GPU holds is copied to be written, so that it can be written while the next unit is at work.

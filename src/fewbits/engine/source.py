@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fewbits.engine.lending import LARGE, Lending, read_by_their_module_alone
 from fewbits.engine.store import ActivationStore
 from fewbits.errors import FewbitsError
 from fewbits.graph import operands
-from fewbits.graph.types import Unit
+from fewbits.graph.types import Graph, Unit
 
 
 def names_in(model: nn.Module, unit: Unit) -> list[str]:
@@ -89,9 +90,9 @@ class InMemory(Source):
 class Streamed(Source):
     """A model on the meta device whose weights lie in safetensors files under the model's own parameter names.
 
-    Parameters outside the units are loaded once; a unit's only while it is processed, on a GPU read from the files
-    while the unit before is at work. Raises `FewbitsError` for a
-    folder without safetensors files, a damaged file, or a parameter no file holds.
+    Parameters outside the units are loaded once, large ones into host memory (`engine.lending`); a unit's only while it
+    is processed, on a GPU read from the files while the unit before is at work. Raises `FewbitsError` for a folder
+    without safetensors files, a damaged file, or a parameter no file holds.
     """
 
     streamed = True
@@ -111,7 +112,7 @@ class Streamed(Source):
         self._reader: ThreadPoolExecutor | None = None
         self._read_ahead: tuple[list[str], Future[dict[str, Tensor]]] | None = None
 
-    def open(self, model: nn.Module, units: list[Unit], device: torch.device) -> None:
+    def open(self, model: nn.Module, graph: Graph, units: list[Unit], device: torch.device) -> None:
         """Load everything outside the units and remember which places share a parameter."""
         self.model = model
         self.device = device
@@ -122,6 +123,9 @@ class Streamed(Source):
         self._twins = {name: names for names in places.values() for name in names}
         glue = names_outside(model, units)
         self._kept = {twin for name in glue for twin in self._twins.get(name, [name])}
+        self.lending = Lending(model, device)
+        if device.type != "cpu":
+            self._lend(graph, glue)
         self._load(glue)
         for name, buffer in model.named_buffers():
             if buffer.is_meta:
@@ -129,6 +133,14 @@ class Streamed(Source):
                     f"buffer {name} has no values: to stream the model, build it with real buffers "
                     "(only its parameters on the meta device)"
                 )
+
+    def _lend(self, graph: Graph, glue: list[str]) -> None:
+        """Those of the glue that are large and read by their modules alone."""
+        alone = set(read_by_their_module_alone(graph, glue))
+        for name, stored in self._wanted(glue).items():
+            twins = self._twins.get(name, [name])
+            if alone.issuperset(twins) and operands.parameter(self.model, name).nbytes >= LARGE:
+                self.lending.take(twins, self.read([stored])[stored])
 
     def bring_in(self, unit: Unit) -> None:
         self._load(self._missing(unit))
@@ -141,6 +153,7 @@ class Streamed(Source):
             self._read_ahead = stored, self._reader.submit(self._read_locked, stored)
 
     def close(self) -> None:
+        self.lending.end()
         self._read_ahead = None
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
