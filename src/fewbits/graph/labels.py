@@ -7,7 +7,8 @@ kept, and may carry tags. Label tensors stay small: dimensions along which label
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ class Labels:
     def __init__(self) -> None:
         self._parent = np.arange(1 << 12, dtype=np.int64)
         self._size = FIRST
-        self._marks: dict[tuple[str, str], list[np.ndarray]] = {}
+        self._marks: dict[tuple[str, str], np.ndarray] = {}  # bool over labels
 
     def __len__(self) -> int:
         return self._size
@@ -86,7 +87,7 @@ class Labels:
     def mark(self, kind: str, name: str, labels: Tensor | None) -> None:
         """Remember something about every class in a label tensor; `marked` reads it back after all unions."""
         if labels is not None:
-            self._mark(kind, name, distinct(labels))
+            self._mark(kind, name, base(labels).reshape(-1).numpy())
 
     def block(self, labels: Tensor | None, reason: str) -> None:
         self.mark("block", reason, labels)
@@ -96,16 +97,21 @@ class Labels:
 
     def _mark(self, kind: str, name: str, labels: np.ndarray) -> None:
         labels = labels[labels >= FIRST]
-        if labels.size:
-            self._marks.setdefault((kind, name), []).append(labels)
+        if not labels.size:
+            return
+        flags = self._marks.get((kind, name), np.zeros(0, dtype=bool))
+        if len(flags) < self._size:
+            flags = np.concatenate([flags, np.zeros(len(self._parent) - len(flags), dtype=bool)])
+            self._marks[(kind, name)] = flags
+        flags[labels] = True
 
     def marked(self, kind: str) -> dict[str, np.ndarray]:
         """Name -> bool array over labels, true at the class representatives that carry the mark."""
         out: dict[str, np.ndarray] = {}
-        for (held, name), parts in self._marks.items():
+        for (held, name), marked in self._marks.items():
             if held == kind:
                 flags = np.zeros(self._size, dtype=bool)
-                flags[self.find(np.concatenate(parts))] = True
+                flags[self.find(np.flatnonzero(marked))] = True
                 out[name] = flags
         return out
 
@@ -135,15 +141,36 @@ def compact(labels: Tensor) -> Tensor:
     return small.expand(shape)
 
 
-def distinct(labels: Tensor) -> np.ndarray:
-    """The different labels in a label tensor."""
-    return np.unique(base(labels).reshape(-1).numpy())
+def reshaped(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """The labels of a reshaped value; a dimension that stays whole, and along which none vary, takes no memory."""
+    small, sizes = labels, list(shape)
+    for dim, size in enumerate(labels.shape):
+        if labels.stride(dim) == 0 and size > 1:
+            before = math.prod(labels.shape[:dim])
+            for place, other in enumerate(shape):
+                if other == size and math.prod(shape[:place]) == before:
+                    small, sizes[place] = small.narrow(dim, 0, 1), 1
+    return small.reshape(sizes).expand(*shape)
+
+
+def thin(parts: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """Labels to be joined along a dimension, cut to size 1 along any other that none of them varies along."""
+    found = list(parts)
+    for other in range(found[0].dim()):
+        if other != dim % found[0].dim() and all(x.dim() > other and x.stride(other) == 0 for x in found):
+            found = [x.narrow(other, 0, 1) if x.shape[other] else x for x in found]
+    return found
 
 
 def full(label: int, shape: Iterable[int]) -> Tensor:
     """One label everywhere, in the memory of one."""
     shape = tuple(shape)
     return torch.full([1] * len(shape), label, dtype=torch.int64).expand(shape)
+
+
+def holds(labels: Tensor, label: int) -> bool:
+    """Whether any element has this label."""
+    return labels.numel() > 0 and bool((base(labels) == label).any())
 
 
 def is_live(labels: Tensor | None) -> bool:
@@ -153,13 +180,14 @@ def is_live(labels: Tensor | None) -> bool:
 
 def merged(a: Tensor, b: Tensor) -> Tensor:
     """Labels of an elementwise sum: WILD elements take the other side's label, FIXED ones stay FIXED."""
-    a, b = torch.broadcast_tensors(a, b)
-    shape = a.shape
-    small_a, small_b = _joint(a, b)
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    small_a, small_b = together(a, b)
     return torch.where(small_a == WILD, small_b, torch.where(small_b == FIXED, small_b, small_a)).expand(shape)
 
 
-def _joint(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def together(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both broadcast to one shape, every dimension along which neither varies cut to size 1."""
+    a, b = torch.broadcast_tensors(a, b)
     for dim in range(a.dim()):
         if a.stride(dim) == 0 and b.stride(dim) == 0 and a.shape[dim] > 1:
             a, b = a.narrow(dim, 0, 1), b.narrow(dim, 0, 1)
@@ -167,11 +195,6 @@ def _joint(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pairs(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The different pairs of labels that meet."""
-    a, b = _joint(*torch.broadcast_tensors(a, b))
-    first, second = a.reshape(-1).numpy(), b.reshape(-1).numpy()
-    if not first.size:
-        return first, second
-    stop = int(second.max()) + 1
-    keys = np.unique(first * stop + second)
-    return keys // stop, keys % stop
+    """The labels that meet, pair by pair."""
+    a, b = together(a, b)
+    return a.reshape(-1).numpy(), b.reshape(-1).numpy()

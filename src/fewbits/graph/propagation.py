@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fewbits.graph.labels import FIXED, WILD, Labels, compact, full, is_live
+from fewbits.graph.labels import FIXED, WILD, Labels, compact, full, holds, is_live, thin
 from fewbits.graph.ops import IDENTITY
 from fewbits.graph.types import CASTS, Call, CallKey, Graph, Ref, Value, View
 
@@ -256,7 +256,7 @@ class Propagation:
             self.labels.block(columns, "fixed input")
             return
         self.labels.unite(labels, columns, "fixed input")
-        if bool((labels == WILD).any()):
+        if holds(labels, WILD):
             self.forbid(labels, "shift")  # zeros stay zeros
 
     def run_layout(self, call: Call, fill_with: Callable[[Ref], Tensor | None] | None = None) -> None:
@@ -287,12 +287,16 @@ class Propagation:
         if call.op == "setitem":
             target = args[0].clone(memory_format=torch.contiguous_format)
             args = (target, *args[1:])
+        elif call.op == "cat":
+            args = (thin(args[0], argument(call, 1, "dim", "axis", default=0)), *args[1:])
         try:
             out = call.func(*args, **kwargs)
         except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError):
             self.block_all(call, call.op)
             return
         leaves = [target] if call.op == "setitem" else [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        if call.op == "cat":
+            leaves = [out.expand(self.out_shape(call))]
         if [tuple(x.shape) for x in leaves] != [self.graph.values[o].shape for o in call.outputs]:
             self.block_all(call, call.op)
             return

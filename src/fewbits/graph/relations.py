@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewbits.graph.labels import FIRST, FIXED, distinct
+from fewbits.graph.labels import FIRST, FIXED, base, together
 from fewbits.graph.propagate import propagate
 from fewbits.graph.propagation import Propagation, Slot, Vector
 from fewbits.graph.rules_elementwise import REPLACEABLE
@@ -221,7 +221,7 @@ class _Reader:
                 blocked |= flags
         edges = []
         for queries, keys, _ in self.p.pairs:
-            q, k = self.labels.classes(queries), self.labels.classes(keys)
+            q, k = (self.labels.classes(side) for side in together(queries, keys))
             live = (q >= FIRST) & (k >= FIRST)
             for one, other in ((q, k), (k, q)):
                 blocked[one[(one >= FIRST) & (other == FIXED)]] = True
@@ -252,7 +252,7 @@ class _Reader:
                 right = _cut(answerers, np.where(on_key, channel, -1))
                 made = self._finish(left, right, classes, len(numbers), frozenset(), frozenset({"query_key"}))
                 meets = dict.fromkeys(
-                    key for queries_, _, key in self.p.pairs if mine[self.labels.classes(queries_)].any()
+                    key for queries_, _, key in self.p.pairs if mine[self.labels.classes(base(queries_))].any()
                 )
                 found.append(replace(made, meets=tuple(meets)))
                 taken.append(classes)
@@ -268,7 +268,7 @@ class _Reader:
             for output in call.outputs if call.key is not None else ():
                 labels = self.p.of.get(output)
                 if labels is not None and labels.numel():
-                    held = distinct(labels)
+                    held = base(labels).reshape(-1).numpy()
                     numbers = np.unique(number_of[self.labels.find(held[held >= FIRST])])
                     for number in numbers[numbers >= 0]:
                         assert call.key is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fewbits.graph.labels import FIXED, WILD, compact, full, is_live, merged
+from fewbits.graph.labels import FIXED, WILD, base, compact, full, holds, is_live, merged
 from fewbits.graph.propagation import Propagation, Rule, argument
 from fewbits.graph.rules_layout import same
 from fewbits.graph.types import Call, Ref
@@ -43,7 +43,7 @@ def _sum(p: Propagation, call: Call, a: Any, b: Any) -> None:
         sides.append(full(FIXED, p.shape(arg)) if labels is None else labels)
     first, second = sides
     if not is_live(first) and not is_live(second):
-        if not (bool((first == FIXED).any()) or bool((second == FIXED).any())):
+        if not (holds(first, FIXED) or holds(second, FIXED)):
             p.put(call, full(WILD, p.out_shape(call)))
         return
     reason = f"{call.op} of a fixed value"
@@ -51,7 +51,7 @@ def _sum(p: Propagation, call: Call, a: Any, b: Any) -> None:
     # now that they are joined, positions of a channel share a class: back to one label per channel
     out = p.labels.settled(merged(first, second))
     for side, other in ((first, second), (second, first)):
-        if is_live(side) and bool((other != WILD).any()):
+        if is_live(side) and bool((base(other) != WILD).any()):
             p.forbid(side, "shift")
     p.put(call, out)
 

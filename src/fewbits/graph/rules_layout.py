@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from fewbits.graph.labels import FIXED, WILD, compact, full, is_live
+from fewbits.graph.labels import FIXED, WILD, base, compact, full, is_live, reshaped
 from fewbits.graph.ops import IDENTITY, LAYOUT
 from fewbits.graph.propagation import Propagation, Rule, argument
 from fewbits.graph.types import CASTS, Call, Ref
@@ -17,10 +18,23 @@ def _layout(p: Propagation, call: Call) -> None:
     if call.op == "setitem" and call.index in p.aliased:
         p.block_all(call, "alias")
         return
-    if call.op in ("cat", "stack"):
+    if call.op == "contiguous":
+        p.put(call, p.get(argument(call, 0, "input", "self")))  # the same elements, wherever they lie
+    elif call.op in ("reshape", "view", "flatten") and (labels := _reshaped(p, call)) is not None:
+        p.put(call, compact(labels))
+    elif call.op in ("cat", "stack"):
         p.run_layout(call, lambda ref: p.vector(ref, call))
     else:
         p.run_layout(call)
+
+
+def _reshaped(p: Propagation, call: Call) -> Tensor | None:
+    """The first operand's labels in the shape of the output, where its elements are the operand's."""
+    first, out = argument(call, 0, "input", "self"), p.graph.values[call.outputs[0]]
+    given, labels = p.value(first), p.get(first)
+    if given is None or labels is None or given.dtype != out.dtype:
+        return None
+    return reshaped(labels, out.shape)
 
 
 def _setitem(p: Propagation, call: Call) -> None:
@@ -84,7 +98,7 @@ def _positional(p: Propagation, call: Call) -> None:
     labels = p.get(x)
     if not is_live(labels):
         if labels is not None and call.op != "roi_align":
-            p.put(call, full(WILD, p.out_shape(call)) if bool((labels == WILD).all()) else None)
+            p.put(call, full(WILD, p.out_shape(call)) if bool((base(labels) == WILD).all()) else None)
         return
     assert labels is not None
     out = p.out_shape(call)
