@@ -58,8 +58,9 @@ class Stopwatch(Progress):
         print(f"  unit {len(self.seconds)}: {self.seconds[-1]:.2f} s", flush=True)
 
 
-def llama(layers: int, scale: int, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """LLaMA-3-8B's shape with `layers` layers, its random weights in safetensors files, itself without any."""
+def llama(layers: int, scale: int, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """LLaMA-3-8B's shape with `layers` layers, itself without weights: random ones are written to the folder, as
+    safetensors files, unless it has them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -69,11 +70,14 @@ def llama(layers: int, scale: int, folder: Path, dtype: torch.dtype) -> nn.Modul
     )  # fmt: skip
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     for number, (name, shape) in enumerate(shapes.items()):
-        value = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
-        save_file({name: value.to(dtype)}, folder / f"{number:05d}.safetensors")
-        del value
+        path = folder / f"{number:05d}.safetensors"
+        if not path.exists():
+            drawn = torch.randn(shape, generator=generator, device=device) * 0.02
+            value = torch.ones(shape) if len(shape) == 1 else drawn
+            save_file({name: value.to(dtype).cpu()}, path)
+            del drawn, value
     model = LlamaForCausalLM._from_config(LlamaConfig.from_dict({**config.to_dict(), "num_hidden_layers": 0}))
     with torch.device("meta"):
         hollow = LlamaForCausalLM(config)
@@ -81,12 +85,12 @@ def llama(layers: int, scale: int, folder: Path, dtype: torch.dtype) -> nn.Modul
     return hollow.to(dtype).eval()
 
 
-def run_llama(recipe: str, bits: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def run_llama(
+    recipe: str, bits: str, options: argparse.Namespace, device: torch.device, weights: Path
+) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as scratch:
-        weights = Path(scratch) / "weights"
-        weights.mkdir()
-        model = llama(options.layers, options.scale, weights, dtype)
+        model = llama(options.layers, options.scale, weights, dtype, device)
         tokens = torch.randint(
             0, model.config.vocab_size, (options.sequences, options.tokens), generator=torch.Generator().manual_seed(1)
         )
@@ -151,16 +155,25 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=20_000)
     options = parser.parse_args()
     device = torch.device(options.device)
-    for name in options.only:
-        print(f"{name}:", flush=True)
-        row = run_resnet(options, device) if name == "brecq" else run_llama(name, "W4A16g128", options, device)
-        row |= {"machine": machine(options.device), "torch": torch.__version__}
-        with options.out.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
-        taken = row.get("seconds_for_32_layers", row["seconds"])
-        print(f"{row['run']}: {taken:.1f} s, peak {row['peak_memory_bytes'] / 1e9:.2f} GB ({row['machine']})")
-        for figure, what in ANCHORS[name] if options.scale == 1 else ():
-            print(f"  {figure:g}: {what}")
+    with tempfile.TemporaryDirectory() as weights:
+        for name in options.only:
+            measure(name, options, device, Path(weights))
+
+
+def measure(name: str, options: argparse.Namespace, device: torch.device, weights: Path) -> None:
+    """One run, its row and what it is compared with. weights: where the LLaMA shape's are, or will be."""
+    print(f"{name}:", flush=True)
+    if name == "brecq":
+        row = run_resnet(options, device)
+    else:
+        row = run_llama(name, "W4A16g128", options, device, weights)
+    row |= {"machine": machine(options.device), "torch": torch.__version__}
+    with options.out.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(row) + "\n")
+    taken = row.get("seconds_for_32_layers", row["seconds"])
+    print(f"{row['run']}: {taken:.1f} s, peak {row['peak_memory_bytes'] / 1e9:.2f} GB ({row['machine']})")
+    for figure, what in ANCHORS[name] if options.scale == 1 else ():
+        print(f"  {figure:g}: {what}")
 
 
 if __name__ == "__main__":
