@@ -62,7 +62,7 @@ def graph_time(runs: list[Callable[[], Any]], repeats: int = 30) -> float:
 
 def weight(bits: int, outputs: int, inputs: int, *, table: bool = False, sparse: float = 0.0) -> PackedWeight:
     """A weight for `fragment_matmul`, of random codes: every pattern of bits is one."""
-    shape = (outputs // 16, inputs // 64, bits, 32)
+    shape = (outputs // 16, inputs // 64, 32 * bits)
     made = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
     beside = Beside()
     if sparse:
@@ -70,8 +70,8 @@ def weight(bits: int, outputs: int, inputs: int, *, table: bool = False, sparse:
         part = Sparse.from_dense(torch.randn(outputs, inputs) * 0.1, kept)
         beside = Beside(starts=part.rows.cuda(), places=part.columns.cuda(), entries=part.values.half().cuda())
     if table:
-        levels = (torch.randn(1 << bits, outputs, device="cuda") * 0.02).sort(0).values
-        return PackedWeight(made, None, None, levels.half(), bits, inputs, outputs, beside)
+        levels = (torch.randn(outputs, 1 << bits, device="cuda") * 0.02).sort(1).values.half().T
+        return PackedWeight(made, None, None, levels, bits, inputs, outputs, beside)
     groups = -(-inputs // GROUP)
     scale = (torch.rand(groups, outputs, device="cuda") * 0.01 + 0.001).half()
     zero = torch.randint(0, 1 << bits, (groups, outputs), device="cuda", dtype=torch.uint8)

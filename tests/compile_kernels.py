@@ -61,8 +61,12 @@ def main() -> None:
         assert "prmt" in compiled(triton_vector.table_kernel, POINTERS, table, 4).asm["ptx"]
         for levels in (False, True):
             step = {"BITS": bits, "TABLE": levels, "BFLOAT": bits == 3, "GROUP": 1, "UNROLL": 2, "EMULATED": False}
-            made = compiled(triton_fragments.fragment_kernel, POINTERS, {**step, "WARPS": 8, "AHEAD": True}, 8)
-            assert count(made, "HMMA") == 8, "a step of 128 inputs is eight products of matrices"
+            for tiles in (1, 2):
+                launch = {"EVEN": tiles == 1, "DEPENDENT": tiles == 2, "WARPS": 4, "TILES": tiles}
+                made = compiled(triton_fragments.fragment_kernel, POINTERS, {**step, **launch}, 4)
+                # a step of 128 inputs is eight products of matrices; two are in the loop and two behind it
+                assert count(made, "HMMA") == 4 * 8 * tiles
+                assert count(made, "LDL") == 0, "registers do not suffice"
             loop = made.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
             assert "convert_layout" not in loop, "an operand is not in the lane that decodes it"
             compiled(triton_fragments.decode_kernel, {**POINTERS, "out": "*fp16"}, {**step, "WARPS": 8}, 8)

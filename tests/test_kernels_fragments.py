@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.kernels import ops
-from fewbits.kernels.choose import Case, unable
 from fewbits.kernels.fragments import pack_fragments, unpack_fragments
+from fewbits.kernels.needs import Case, unable
 from fewbits.outliers.parts import Sparse
 from fewbits.packed.modules import FragmentLinear
 from fewbits.packed.weight import KernelWeight
@@ -37,7 +37,7 @@ def test_codes_come_back_from_their_fragments(bits: int, nibbles: bool, outputs:
     torch.manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (outputs, 64 * chunks), dtype=torch.uint8)
     words = pack_fragments(codes, bits, nibbles=nibbles)
-    assert words.dtype == torch.int32 and words.shape == (-(-outputs // 16), chunks, bits, 32)  # no bit is wasted
+    assert words.dtype == torch.int32 and words.shape == (-(-outputs // 16), chunks, 32 * bits)  # no bit is wasted
     assert torch.equal(unpack_fragments(words, bits, outputs, nibbles=nibbles), codes)
 
 
@@ -111,6 +111,25 @@ def test_product_is_the_float64_product(
     assert torch.equal(layer(x.to(DEVICE)), found)
     decoded = layer.decoded().cpu().double()
     assert (decoded - dense(weight)).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize(("tiles", "warps", "splits"), [(2, 4, 1), (2, 8, 1), (1, 8, 1), (1, 4, 2), (1, 4, 4)])
+@pytest.mark.parametrize("table", [False, True])
+def test_however_the_work_is_shared_the_product_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, tiles: int, warps: int, splits: int, table: bool
+) -> None:
+    """Two tiles of outputs a program, chunks that do not fill the warps, the input axis split."""
+    triton = pytest.importorskip("triton")
+    from fewbits.kernels import launch, triton_fragments
+
+    chosen = triton.Config({"WARPS": warps, "SPLITS": splits, "TILES": tiles}, num_warps=warps)
+    monkeypatch.setattr(launch, "_chosen", {})
+    monkeypatch.setattr(triton_fragments, "configs", lambda *shape: [chosen])
+    weight = kernel_weight(3, 60, 64 * 11, 64, table, False)
+    x = torch.randn(3, 64 * 11).half()
+    expected = x.double() @ dense(weight).T
+    found = FragmentLinear(weight, None).to(DEVICE)(x.to(DEVICE)).cpu().double()
+    assert (found - expected).norm() <= HALF * expected.norm()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no bfloat16 to multiply")

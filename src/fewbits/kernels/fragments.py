@@ -11,6 +11,9 @@ h < 2, g < 8, q < 4, m < 4, v < 4. Within a lane's `bits` words of a chunk the c
   its bits lie in bits 15 and 31 of the three words.
 - nibbles, for codes that choose a level: nibble 4 h + v of word m. At 2 bits two steps share a word; at 3 bits the
   codes of step 3 lie in the upper bits of the nibbles of the three words.
+
+The words of a chunk lie in memory so that a lane loads 8 or 16 bytes at once: two or four words of a lane side by side,
+lane after lane; at 3 bits the third words of all lanes follow the first two of all.
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ from fewbits.errors import FewbitsError
 
 OUTPUTS, CHUNK, LANES = 16, 64, 32
 BITS = (2, 3, 4)
+#: How many of a lane's words lie side by side, by bits.
+SIDE_BY_SIDE = {2: [2], 3: [2, 1], 4: [4]}
 
 
 def pack_fragments(codes: Tensor, bits: int, *, nibbles: bool) -> Tensor:
-    """codes [out, in], integers below 2^bits -> int32 words [ceil(out / 16), in / 64, bits, 32].
+    """codes [out, in], integers below 2^bits -> int32 words [ceil(out / 16), in / 64, 32 bits].
 
     Missing outputs of the last tile are filled with code 0. Raises FewbitsError unless bits is 2, 3 or 4 and `in` a
     multiple of 64.
@@ -41,13 +46,15 @@ def pack_fragments(codes: Tensor, bits: int, *, nibbles: bool) -> Tensor:
     words = code.new_zeros(tiles, chunks, bits, LANES)
     for word, bit, source, taken in _places(bits, nibbles):
         words[:, :, word] |= ((code[(..., *source)] >> taken.start) & ((1 << len(taken)) - 1)) << bit
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    return torch.cat([part.transpose(-1, -2).flatten(-2) for part in words.split(SIDE_BY_SIDE[bits], 2)], -1)
 
 
 def unpack_fragments(words: Tensor, bits: int, outputs: int, *, nibbles: bool) -> Tensor:
     """int32 words of `pack_fragments` -> codes uint8 [outputs, in]."""
     tiles, chunks = words.shape[:2]
-    word = words.long() & 0xFFFFFFFF
+    parts = words.split([LANES * count for count in SIDE_BY_SIDE[bits]], -1)
+    word = torch.cat([part.unflatten(-1, (LANES, -1)).transpose(-1, -2) for part in parts], 2).long() & 0xFFFFFFFF
     code = word.new_zeros(tiles, chunks, LANES, 4, 2, 4)
     for at, bit, source, taken in _places(bits, nibbles):
         code[(..., *source)] |= ((word[:, :, at] >> bit) & ((1 << len(taken)) - 1)) << taken.start

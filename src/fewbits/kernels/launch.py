@@ -2,14 +2,15 @@
 
 Nothing here waits for the device, and no launch depends on values, so all of it can be captured into a CUDA graph once
 a first call has compiled and tuned. A kernel is tuned once a shape (rows rounded up to a power of two) by timing its
-configurations; `FEWBITS_TUNE=0` takes the first that suits instead, the same on every run. How often the input axis is
-split follows from the shape alone.
+configurations in such graphs; `FEWBITS_TUNE=0` takes the first that suits instead, the same on every run. How often the
+input axis is split follows from the shape alone.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,6 +116,8 @@ def fragment_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
     bfloat = x.dtype == torch.bfloat16
     magic = triton_fragments.MAGIC[bfloat]
     dummy = words
+    if table is not None:
+        table = table.T.contiguous()  # no copy for `FragmentLinear`, which keeps it that way
     held = tuple(dummy if given is None else given for given in (scale, zero, table))
     constants = {
         "BITS": bits, "TABLE": table is not None, "BFLOAT": bfloat, "UNROLL": unroll,
@@ -134,9 +137,12 @@ def fragment_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
 
         beside.lay_over(_tuned(("decode", *key), triton_fragments.DECODE_CONFIGS, decode))
         return F.linear(x, dense, None if beside.bias is None else beside.bias.to(x.dtype))
-    if x.stride(-1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
-        x = x.contiguous()
+    if x.stride(-1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
     downs = triton.cdiv(rows, 8)
+    # in a graph the kernel before this one writes activations, never weights
+    dependent = not INTERPRETED and torch.cuda.is_current_stream_capturing() and _is_hopper(x.device)
+    pdl = {"launch_pdl": True} if dependent else {}
 
     def run(config: Any) -> Tensor:
         meta = dict(config.kwargs)
@@ -144,9 +150,10 @@ def fragment_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
         splits = -(-chunks // per_split)
         plain = splits == 1 and beside.empty
         partial = x.new_empty(rows, outputs) if plain else _workspace(splits, rows, outputs, x.device)
-        triton_fragments.fragment_kernel[(len(words), downs, splits)](
+        even = outputs % fragments.OUTPUTS == 0 and per_split % (2 * meta["WARPS"]) == 0 and chunks % per_split == 0
+        triton_fragments.fragment_kernel[(len(words) // meta["TILES"], downs, splits)](
             x, words, *held, partial, rows, outputs, chunks, per_split, x.stride(0), magic, **constants, **meta,
-            num_warps=config.num_warps,
+            EVEN=even, DEPENDENT=dependent, num_warps=config.num_warps, maxnreg=config.maxnreg, **pdl,
         )  # fmt: skip
         return partial if plain else _finished(partial, x, beside)
 
@@ -209,7 +216,7 @@ def int8_matmul(a: Int8Matrix, b: Int8Matrix, bias: Tensor | None, dtype: torch.
     small = triton.next_power_of_2(m)
     beside = (*a.flat()[1:], *b.flat()[1:], a.codes if bias is None else bias, out, m, n, k)
     constants = {"BIAS": bias is not None, "ZERO_B": not b.symmetric}
-    copied = m >= 128 and k % 16 == 0 and _copies(device)
+    copied = m >= 128 and k % 16 == 0 and _is_hopper(device)
     if copied:
         configs = triton_int8.COPIED_CONFIGS
     else:
@@ -235,7 +242,7 @@ def _tiles(matrix: Tensor, rows: int, columns: int) -> Any:
 
 
 @functools.cache
-def _copies(device: torch.device) -> bool:
+def _is_hopper(device: torch.device) -> bool:
     """Whether the GPU has an engine that copies tiles."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -268,17 +275,48 @@ def _tuned(key: tuple[Any, ...], configs: Sequence[Any], run: Callable[[Any], Te
     return run(config)
 
 
+#: Bytes written before each timed call: more than any cache holds.
+FLUSH = 1 << 28
+
+
 def _fastest(configs: Sequence[Any], run: Callable[[Any], Tensor]) -> Any:
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     if INTERPRETED or capturing or len(configs) == 1 or os.environ.get("FEWBITS_TUNE", "1") == "0":
         return configs[0]
     found: list[tuple[float, int]] = []
+    cache: Tensor | None = None
     for place, config in enumerate(configs):
         try:
-            timed = triton.testing.do_bench(functools.partial(run, config), warmup=3, rep=12, return_mode="median")
+            device = run(config).device  # compiles it
         except triton.runtime.errors.OutOfResources:
             continue  # more shared memory or registers than this GPU has
-        found.append((float(timed), place))
+        if cache is None:
+            cache = torch.empty(FLUSH, dtype=torch.uint8, device=device)
+        found.append((_replayed(cache, functools.partial(run, config)), place))
     if not found:
         raise RuntimeError("no configuration of this kernel fits this GPU")
     return configs[min(found)[1]]
+
+
+def _replayed(cache: Tensor, work: Callable[[], Any], repeats: int = 8, calls: int = 5) -> float:
+    """Median milliseconds, of a few repeats, of emptying the cache and `work`, several times in a CUDA graph: launching
+    a kernel from Python takes longer than a short one runs."""
+    stream, graph = torch.cuda.Stream(cache.device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(cache.device))
+    times: list[float] = []
+    with torch.cuda.stream(stream):
+        # not `torch.cuda.graph`, which collects garbage and returns all unused memory each time
+        graph.capture_begin(capture_error_mode="thread_local")
+        for _ in range(calls):
+            cache.zero_()
+            work()
+        graph.capture_end()
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+    torch.cuda.current_stream(cache.device).wait_stream(stream)
+    return statistics.median(times)

@@ -2,9 +2,8 @@
 
 Codes lie in memory as `kernels.fragments` says, so that each lane decodes its own operands in registers, two to a
 32-bit register. Every tensor here has one axis and one element a thread, element 32 w + l in lane l of warp w, whatever
-the compiler would otherwise prefer; the matrix product of a warp is an instruction given as such. On a grid, a pair of
-codes costs one mask, which also makes them the lower bits of two numbers of known exponent, and one multiply-add, which
-takes exponent and zero point off exactly. With a table, bytes of levels are picked out of registers by nibbles.
+the compiler would otherwise prefer; the matrix product of a warp is an instruction given as such. How codes become
+operands is in `triton_operands`.
 
 Products of 16-bit numbers are added in float32. A program's warps share the input axis; their sums are added in a fixed
 order, and those of programs that split it once more by `triton_finish`.
@@ -15,19 +14,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fewbits.kernels.triton_operands import four_words, high, levels_of, load_words, low, operands, rescaled, twice
+
 #: The upper bits of a 16-bit number whose lower bits then count in ones: 1024 in float16, 128 in bfloat16, twice each.
 MAGIC = {False: 0x64006400, True: 0x43004300}
 
 
 def configs(tiles: int, chunks: int, processors: int) -> list[triton.Config]:
-    """Numbers of warps and splits worth timing."""
+    """Numbers of warps, splits and tiles a program worth timing."""
     found = []
-    for warps in (4, 8):
-        for splits in (1, 2, 4):
-            if warps * splits > max(chunks, 4) or (splits > 1 and tiles * warps * splits > 48 * processors):
-                continue
-            for ahead in (False, True):
-                found.append(triton.Config({"WARPS": warps, "SPLITS": splits, "AHEAD": ahead}, num_warps=warps))
+    for each, warps, splits in ((1, 4, 1), (1, 8, 1), (2, 4, 1), (2, 8, 1), (1, 4, 2), (1, 8, 2), (1, 4, 4), (1, 8, 4)):
+        busy = splits > 1 and tiles * warps * splits > 48 * processors
+        if tiles % each == 0 and warps * splits <= max(chunks, 4) and not busy:
+            found.append(triton.Config({"WARPS": warps, "SPLITS": splits, "TILES": each}, num_warps=warps))
     return found
 
 
@@ -64,16 +63,6 @@ def _times(a, b, c, BFLOAT: tl.constexpr, EMULATED: tl.constexpr):
 
 
 @triton.jit
-def _low(pair):
-    return pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _high(pair):
-    return _low(pair >> 16)
-
-
-@triton.jit
 def _product(a, a_later, b, b_later):
     """Emulates half of the instruction: what lane 4 g + q gets of output g, rows 2 q and 2 q + 1, float32."""
     WARPS: tl.constexpr = a.shape[0] // 32
@@ -81,8 +70,8 @@ def _product(a, a_later, b, b_later):
     for part in tl.static_range(4):
         from_a = a if part < 2 else a_later
         from_b = b if part < 2 else b_later
-        value_a = _low(from_a) if part % 2 == 0 else _high(from_a)
-        value_b = _low(from_b) if part % 2 == 0 else _high(from_b)
+        value_a = low(from_a) if part % 2 == 0 else high(from_a)
+        value_b = low(from_b) if part % 2 == 0 else high(from_b)
         left = tl.reshape(value_a, (WARPS, 8, 1, 4))
         right = tl.reshape(value_b, (WARPS, 1, 8, 4))
         total += tl.sum(left * right, 3)
@@ -91,262 +80,215 @@ def _product(a, a_later, b, b_later):
 
 
 @triton.jit
-def _rescaled(pair, factor, minus, BFLOAT: tl.constexpr, EMULATED: tl.constexpr):
-    """Both numbers of a pair times `factor` plus `minus`, each a pair of equal numbers."""
-    if EMULATED:
-        low = (_low(pair) * _low(factor) + _low(minus)).to(tl.float16).to(tl.int16, bitcast=True)
-        high = (_high(pair) * _low(factor) + _low(minus)).to(tl.float16).to(tl.int16, bitcast=True)
-        return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
-    elif BFLOAT:
-        return tl.inline_asm_elementwise(
-            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [pair, factor, minus], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [pair, factor, minus], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def _twice(value, BFLOAT: tl.constexpr):
-    """A pair of the number `value`, float32."""
-    if BFLOAT:
-        bits = value.to(tl.bfloat16).to(tl.int16, bitcast=True)
-    else:
-        bits = value.to(tl.float16).to(tl.int16, bitcast=True)
-    return (bits.to(tl.int32) & 0xFFFF) * 0x10001
-
-
-@triton.jit
-def _pair(w, magic, P: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.constexpr):
-    """Pair P of a lane's words, as the lower bits of two numbers whose upper bits are `magic`."""
-    N: tl.constexpr = P // (16 // BITS)
-    if N == BITS:  # the pair left over at 3 bits
-        value = ((w[0] >> 15) & 0x10001) | ((w[1] >> 14) & 0x20002) | ((w[2] >> 13) & 0x40004)
-        return (value | magic.to(tl.uint32)).to(tl.int32, bitcast=True)
-    NTH: tl.constexpr = P % (16 // BITS)
-    SHARED: tl.constexpr = (7 if BFLOAT else 10) // BITS
-    DOWN: tl.constexpr = NTH // SHARED * SHARED * BITS
-    value = (w[N] >> DOWN) & (((1 << BITS) - 1) * 0x10001 << NTH % SHARED * BITS)
-    return (value | magic.to(tl.uint32)).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _operand(w, magic, zero, P: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.constexpr, EMULATED: tl.constexpr):
-    """Pair P of a lane's codes minus the zero point, exactly, as a pair of numbers. zero: float32."""
-    N: tl.constexpr = P // (16 // BITS)
-    SHARED: tl.constexpr = (7 if BFLOAT else 10) // BITS
-    SHIFT: tl.constexpr = 0 if N == BITS else P % (16 // BITS) % SHARED * BITS
-    ONE: tl.constexpr = (128.0 if BFLOAT else 1024.0) / (1 << SHIFT)
-    factor = _twice(zero * 0.0 + 1.0 / (1 << SHIFT), BFLOAT)
-    return _rescaled(_pair(w, magic, P, BITS, BFLOAT), factor, _twice(-(zero + ONE), BFLOAT), BFLOAT, EMULATED)
-
-
-@triton.jit
-def _nibble_word(w, M: tl.constexpr, BITS: tl.constexpr):
-    """Eight nibbles, the codes of step M."""
-    if BITS == 4:
-        return w[M]
-    elif BITS == 2:
-        return (w[M // 2] >> 2 * (M % 2)) & 0x33333333
-    elif M < 3:
-        return w[M] & 0x77777777
-    else:
-        return ((w[0] >> 3) & 0x11111111) | ((w[1] >> 2) & 0x22222222) | ((w[2] >> 1) & 0x44444444)
-
-
-@triton.jit
-def _picked(nibbles, t, BITS: tl.constexpr):
-    """Two pairs of the levels that the four lower nibbles choose. t: the levels' bytes, four a register."""
-    l0, l1, l2, l3, h0, h1, h2, h3 = t
-    if BITS == 4:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 s, t, u, v, lo, hi;
-            and.b32 s, $2, 0x7777; shr.u32 t, $2, 1; and.b32 t, t, 0x4444; or.b32 t, t, 0x3210;
-            prmt.b32 u, $3, $4, s; prmt.b32 v, $5, $6, s; prmt.b32 lo, u, v, t;
-            prmt.b32 u, $7, $8, s; prmt.b32 v, $9, $10, s; prmt.b32 hi, u, v, t;
-            prmt.b32 $0, lo, hi, 0x5140; prmt.b32 $1, lo, hi, 0x7362;
-            }""",
-            "=&r,=&r,r,r,r,r,r,r,r,r,r", [nibbles, l0, l1, l2, l3, h0, h1, h2, h3], dtype=(tl.int32, tl.int32),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 lo, hi;
-            prmt.b32 lo, $3, $4, $2; prmt.b32 hi, $5, $6, $2;
-            prmt.b32 $0, lo, hi, 0x5140; prmt.b32 $1, lo, hi, 0x7362;
-            }""",
-            "=&r,=&r,r,r,r,r,r", [nibbles, l0, l1, h0, h1], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _looked_up(table, nibbles, output, there, outputs):
-    """Emulates `_picked`, by loading."""
-    pair_0, pair_1 = tl.zeros_like(output), tl.zeros_like(output)
-    for v in tl.static_range(4):
-        code = (nibbles >> 4 * v & 15).to(tl.int32)
-        level = tl.load(table + code * outputs + output, mask=there, other=0.0).to(tl.float16)
-        bits = (level.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << 16 * (v % 2)
-        if v < 2:
-            pair_0 = pair_0 | bits
-        else:
-            pair_1 = pair_1 | bits
-    return pair_0, pair_1
-
-
-@triton.jit
-def _table_bytes(table, output, there, outputs, FIRST: tl.constexpr, LEVELS: tl.constexpr, HIGH: tl.constexpr,
-                 BFLOAT: tl.constexpr):  # fmt: skip
-    """uint32: the low or HIGH bytes of the levels FIRST to FIRST + 3 of an output."""
-    value = tl.zeros_like(output).to(tl.uint32)
-    for nth in tl.static_range(4):
-        if FIRST + nth < LEVELS:
-            level = tl.load(table + (FIRST + nth) * outputs + output, mask=there, other=0.0)
-            if BFLOAT:
-                bits = level.to(tl.float32).to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
-            else:
-                bits = level.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-            value = value | ((bits >> 8 if HIGH else bits & 255) << 8 * nth)
-    return value
-
-
-@triton.jit
-def _levels(table, output, there, outputs, LEVELS: tl.constexpr, BFLOAT: tl.constexpr):
-    return (
-        _table_bytes(table, output, there, outputs, 0, LEVELS, False, BFLOAT),
-        _table_bytes(table, output, there, outputs, 4, LEVELS, False, BFLOAT),
-        _table_bytes(table, output, there, outputs, 8, LEVELS, False, BFLOAT),
-        _table_bytes(table, output, there, outputs, 12, LEVELS, False, BFLOAT),
-        _table_bytes(table, output, there, outputs, 0, LEVELS, True, BFLOAT),
-        _table_bytes(table, output, there, outputs, 4, LEVELS, True, BFLOAT),
-        _table_bytes(table, output, there, outputs, 8, LEVELS, True, BFLOAT),
-        _table_bytes(table, output, there, outputs, 12, LEVELS, True, BFLOAT),
-    )
-
-
-@triton.jit
-def _load_words(words, at, BITS: tl.constexpr):
-    """A lane's words of a chunk in four places, of which the first BITS are used. at: int64, whose constant parts the
-    compiler can leave to the load instruction."""
-    return (
-        tl.load(words + at).to(tl.uint32, bitcast=True),
-        tl.load(words + at + (32 if BITS > 1 else 0)).to(tl.uint32, bitcast=True),
-        tl.load(words + at + (64 if BITS > 2 else 0)).to(tl.uint32, bitcast=True),
-        tl.load(words + at + (96 if BITS > 3 else 0)).to(tl.uint32, bitcast=True),
-    )
-
-
-@triton.jit
-def _first_word(chunk, stop, lane, WORDS: tl.constexpr):
-    """int64: where a lane's words of a chunk begin, or of the last one before `stop`."""
-    return (tl.minimum(chunk, stop - 1) * (WORDS * 32) + lane).to(tl.int64)
-
-
-@triton.jit
-def _operands(
-    w, m: tl.constexpr, magic, zeros, levels, table, output, there, outputs,
-    BITS: tl.constexpr, TABLE: tl.constexpr, BFLOAT: tl.constexpr, EMULATED: tl.constexpr,
+def _chunk(
+    words, scale, zero, chunk, stop, lane, output, outputs,
+    BITS: tl.constexpr, TABLE: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
+    EMULATED: tl.constexpr,
 ):  # fmt: skip
-    """The four registers of weights of step m: outputs g and g + 8 at the first two inputs, then at the next two."""
+    """All that a lane needs of a chunk, or of the last before `stop`: its words, and of two outputs scales and, twice
+    each, zero points."""
+    chunk = tl.minimum(chunk, stop - 1)
+    words += (chunk * (UNROLL * BITS * 32)).to(tl.int64)
+    w = load_words(words, lane, BITS, EMULATED)
+    v = w
+    if UNROLL == 2:
+        v = load_words(words + BITS * 32, lane, BITS, EMULATED)
     if TABLE:
-        nibbles = _nibble_word(w, m, BITS)
-        if EMULATED:
-            a0, a2 = _looked_up(table, nibbles, output, there[0], outputs)
-            a1, a3 = _looked_up(table, nibbles >> 16, output + 8, there[1], outputs)
-        else:
-            a0, a2 = _picked(nibbles, levels[0], BITS)
-            a1, a3 = _picked(nibbles >> 16, levels[1], BITS)
-        return a0, a1, a2, a3
+        none = output * 0
+        return w, v, (none, none), (none, none)
     else:
-        return (
-            _operand(w, magic, zeros[0], 4 * m, BITS, BFLOAT, EMULATED),
-            _operand(w, magic, zeros[1], 4 * m + 1, BITS, BFLOAT, EMULATED),
-            _operand(w, magic, zeros[0], 4 * m + 2, BITS, BFLOAT, EMULATED),
-            _operand(w, magic, zeros[1], 4 * m + 3, BITS, BFLOAT, EMULATED),
+        group = (chunk // GROUP if GROUP else chunk * 0) * outputs
+        scale += group.to(tl.int64) + output
+        zero += group.to(tl.int64) + output
+        if EVEN:
+            s = (tl.load(scale), tl.load(scale + 8))
+            z = (tl.load(zero), tl.load(zero + 8))
+        else:
+            low, high = output < outputs, output + 8 < outputs
+            s = (tl.load(scale, mask=low, other=0.0), tl.load(scale + 8, mask=high, other=0.0))
+            z = (tl.load(zero, mask=low, other=0), tl.load(zero + 8, mask=high, other=0))
+        return w, v, s, (z[0].to(tl.int32) * 0x10001, z[1].to(tl.int32) * 0x10001)
+
+
+@triton.jit
+def _issued(chunk, EMULATED: tl.constexpr):
+    """`chunk`, once all loads before this point are on their way; the compiler would put them off to save registers."""
+    if EMULATED:
+        return chunk
+    else:
+        return tl.inline_asm_elementwise(
+            "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [chunk], dtype=tl.int32, is_pure=False, pack=1
         )
 
 
 @triton.jit
-def _over_warps(value, WARPS: tl.constexpr):
-    """float32 [32]: sums over the warps, lane by lane."""
-    return tl.sum(tl.reshape(value, (WARPS, 32)), 0)
+def _rows(activations, chunk, stop, UNROLL: tl.constexpr, EMULATED: tl.constexpr):
+    """A lane's activations of a chunk. They are asked for before the weights of the chunk: loads come back in order."""
+    activations += (tl.minimum(chunk, stop - 1) * (32 * UNROLL)).to(tl.int64)
+    first = four_words(activations, EMULATED, False)
+    second = four_words(activations + 4, EMULATED, False)
+    if UNROLL == 2:
+        third = four_words(activations + 32, EMULATED, False)
+        fourth = four_words(activations + 36, EMULATED, False)
+        return first, second, third, fourth
+    else:
+        return first, second
+
+
+@triton.jit
+def _added(
+    sums, rows, held, chunk, stop, levels, table, output, outputs, magic,
+    BITS: tl.constexpr, TABLE: tl.constexpr, BFLOAT: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
+    EMULATED: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The sums of each tile and the product with a chunk of it; a chunk beyond the last counts nothing."""
+    nil = tl.zeros_like(sums[0][0])
+    c, d = (nil, nil, nil, nil), (nil, nil, nil, nil)
+    for m in tl.static_range(4 * UNROLL):
+        four = rows[m // 2]
+        b = (four[m % 2 * 2].to(tl.int32, bitcast=True), four[m % 2 * 2 + 1].to(tl.int32, bitcast=True))
+        a = operands(
+            held[0][m // 4], m % 4, magic, held[0][3], levels[0], table, output, outputs, BITS, TABLE, BFLOAT, EMULATED
+        )
+        c = _times(a, b, c, BFLOAT, EMULATED)
+        if TILES == 2:
+            a = operands(
+                held[1][m // 4], m % 4, magic, held[1][3], levels[1], table, output + 16, outputs, BITS, TABLE, BFLOAT,
+                EMULATED,
+            )  # fmt: skip
+            d = _times(a, b, d, BFLOAT, EMULATED)
+    first = _scaled(sums[0], c, held[0][2], chunk < stop, TABLE, EVEN)
+    second = first
+    if TILES == 2:
+        second = _scaled(sums[1], d, held[1][2], chunk < stop, TABLE, EVEN)
+    return first, second
+
+
+@triton.jit
+def _scaled(t, c, scales, inside, TABLE: tl.constexpr, EVEN: tl.constexpr):
+    """The sums t plus the scales times c."""
+    if TABLE:
+        f0, f1 = tl.zeros_like(t[0]) + 1.0, tl.zeros_like(t[0]) + 1.0
+    else:
+        f0, f1 = scales[0].to(tl.float32), scales[1].to(tl.float32)
+    if not EVEN:
+        f0, f1 = tl.where(inside, f0, 0.0), tl.where(inside, f1, 0.0)
+    return t[0] + f0 * c[0], t[1] + f0 * c[1], t[2] + f1 * c[2], t[3] + f1 * c[3]
+
+
+@triton.jit
+def _chunks(
+    words, scale, zero, chunk, chunks, stop, lane, output, outputs,
+    BITS: tl.constexpr, TABLE: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
+    EMULATED: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """`_chunk` of each tile of a program."""
+    first = _chunk(words, scale, zero, chunk, stop, lane, output, outputs, BITS, TABLE, GROUP, UNROLL, EVEN, EMULATED)
+    second = first
+    if TILES == 2:
+        words += chunks.to(tl.int64) * (UNROLL * BITS * 32)
+        second = _chunk(
+            words, scale, zero, chunk, stop, lane, output + 16, outputs, BITS, TABLE, GROUP, UNROLL, EVEN, EMULATED
+        )
+    return first, second
+
+
+@triton.jit
+def _over_warps(t0, t1, t2, t3, WARPS: tl.constexpr):
+    """float32 [32, 2, 2]: sums over the warps, lane by lane."""
+    four = tl.join(tl.join(t0, t1), tl.join(t2, t3))
+    return tl.sum(tl.reshape(four, (WARPS, 32, 2, 2)), 0)
 
 
 @triton.jit(do_not_specialize=["magic"])
 def fragment_kernel(
     x, words, scale, zero, table, out, rows, outputs, chunks, chunks_per_split, stride_x, magic,
     BITS: tl.constexpr, TABLE: tl.constexpr, BFLOAT: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr,
-    EMULATED: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    EVEN: tl.constexpr, EMULATED: tl.constexpr, DEPENDENT: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A program: 16 outputs, eight rows, a split of the input axis. Chunks are UNROLL * 64 inputs.
+    """A program: one or two TILES of 16 outputs, eight rows, a split of the input axis. Chunks are UNROLL * 64 inputs.
 
-    GROUP: chunks that share a scale, 0 for all of a row. WARPS: of the program; every tensor is [WARPS * 32].
+    GROUP: chunks that share a scale, 0 for all of a row. WARPS: of the program; every tensor is [WARPS * 32]. EVEN:
+    outputs fill all tiles, and chunks of a split all warps twice. DEPENDENT: the launch may begin while the kernel
+    before it still runs; what the weight is is read at once then, and `x` when that kernel is done.
     """
-    tile, split = tl.program_id(0), tl.program_id(2)
+    tile, split = tl.program_id(0) * TILES, tl.program_id(2)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     thread = tl.arange(0, WARPS * 32)
     lane, warp = thread % 32, thread // 32
     output = tile * 16 + lane // 4
-    there = (output < outputs, output + 8 < outputs)
     # rows past the end read another; what they make is not stored
     row = tl.minimum(tl.program_id(1) * 8 + lane // 4, rows - 1)
-    activations = (x + row.to(tl.int64) * stride_x + lane % 4 * 16).to(tl.pointer_type(tl.int64))
+    activations = (x + row.to(tl.int64) * stride_x + lane % 4 * 16).to(tl.pointer_type(tl.int32))
     start = split * chunks_per_split
     stop = tl.minimum(start + chunks_per_split, chunks)
     words += tile.to(tl.int64) * chunks * (UNROLL * BITS * 32)
     nil = tl.zeros((WARPS * 32,), tl.float32)
-    t0, t1, t2, t3 = nil, nil, nil, nil
-    levels = (0, 0)
+    sums = ((nil, nil, nil, nil), (nil, nil, nil, nil))
+    # two chunks are held; as soon as one is multiplied, the one after the other is on its way
+    held = _chunks(
+        words, scale, zero, start + warp, chunks, stop, lane, output, outputs, BITS, TABLE, GROUP, UNROLL, EVEN,
+        EMULATED, TILES,
+    )  # fmt: skip
+    later = _chunks(
+        words, scale, zero, start + WARPS + warp, chunks, stop, lane, output, outputs, BITS, TABLE, GROUP, UNROLL, EVEN,
+        EMULATED, TILES,
+    )  # fmt: skip
+    levels = ((0, 0), (0, 0))
     if TABLE and not EMULATED:
-        levels = (
-            _levels(table, output, there[0], outputs, 1 << BITS, BFLOAT),
-            _levels(table, output + 8, there[1], outputs, 1 << BITS, BFLOAT),
-        )
-    at_word = _first_word(start + warp, stop, lane, UNROLL * BITS)
-    w, v = _load_words(words, at_word, BITS), _load_words(words, at_word + (UNROLL - 1) * BITS * 32, BITS)
-    for at in range(start, stop, WARPS):
-        inside = at + warp < stop
-        chunk = tl.minimum(at + warp, stop - 1)  # what is read twice counts once: its scale is zero
-        if AHEAD:
-            next_word = _first_word(at + WARPS + warp, stop, lane, UNROLL * BITS)
-            w_next = _load_words(words, next_word, BITS)
-            v_next = _load_words(words, next_word + (UNROLL - 1) * BITS * 32, BITS)
-        else:
-            at_word = _first_word(at + warp, stop, lane, UNROLL * BITS)
-            w, v = _load_words(words, at_word, BITS), _load_words(words, at_word + (UNROLL - 1) * BITS * 32, BITS)
-        if TABLE:
-            zeros = (nil, nil)
-            s0, s1 = tl.where(inside, 1.0, 0.0), tl.where(inside, 1.0, 0.0)
-        else:
-            group = ((chunk // GROUP if GROUP else chunk * 0) * outputs + output).to(tl.int64)
-            s0 = tl.load(scale + group, mask=inside & there[0], other=0.0).to(tl.float32)
-            s1 = tl.load(scale + group + 8, mask=inside & there[1], other=0.0).to(tl.float32)
-            zeros = (
-                tl.load(zero + group, mask=there[0], other=0).to(tl.float32),
-                tl.load(zero + group + 8, mask=there[1], other=0).to(tl.float32),
+        first = (levels_of(table, output, outputs, BITS, BFLOAT), levels_of(table, output + 8, outputs, BITS, BFLOAT))
+        levels = (first, first)
+        if TILES == 2:
+            at = output + 16
+            levels = (
+                first,
+                (levels_of(table, at, outputs, BITS, BFLOAT), levels_of(table, at + 8, outputs, BITS, BFLOAT)),
             )
-        c = (nil, nil, nil, nil)
-        for m in tl.static_range(4 * UNROLL):
-            four = tl.load(activations + ((chunk * (16 * UNROLL)).to(tl.int64) + (m // 4 * 16 + m % 4)))
-            b = (four.to(tl.int32), (four >> 32).to(tl.int32))
-            a = _operands(
-                w if m < 4 else v, m % 4, magic, zeros, levels, table, output, there, outputs, BITS, TABLE, BFLOAT,
-                EMULATED,
-            )  # fmt: skip
-            c = _times(a, b, c, BFLOAT, EMULATED)
-        t0, t1, t2, t3 = t0 + s0 * c[0], t1 + s0 * c[1], t2 + s1 * c[2], t3 + s1 * c[3]
-        if AHEAD:
-            w, v = w_next, v_next
-    lane = tl.arange(0, 32)
-    output = tile * 16 + lane // 4
-    row = tl.program_id(1) * 8 + lane % 4 * 2
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    chunk = start + warp
+    rows_held = _rows(activations, chunk, stop, UNROLL, EMULATED)
+    rows_later = _rows(activations, chunk + WARPS, stop, UNROLL, EMULATED)
+    for _ in range(start + 2 * WARPS, stop, 2 * WARPS):
+        chunk = _issued(chunk, EMULATED)
+        sums = _added(
+            sums, rows_held, held, chunk, stop, levels, table, output, outputs, magic, BITS, TABLE, BFLOAT, UNROLL,
+            EVEN, EMULATED, TILES,
+        )  # fmt: skip
+        rows_held = _rows(activations, chunk + 2 * WARPS, stop, UNROLL, EMULATED)
+        held = _chunks(
+            words, scale, zero, chunk + 2 * WARPS, chunks, stop, lane, output, outputs, BITS, TABLE, GROUP, UNROLL,
+            EVEN, EMULATED, TILES,
+        )  # fmt: skip
+        chunk = _issued(chunk, EMULATED)
+        sums = _added(
+            sums, rows_later, later, chunk + WARPS, stop, levels, table, output, outputs, magic, BITS, TABLE, BFLOAT,
+            UNROLL, EVEN, EMULATED, TILES,
+        )  # fmt: skip
+        rows_later = _rows(activations, chunk + 3 * WARPS, stop, UNROLL, EMULATED)
+        later = _chunks(
+            words, scale, zero, chunk + 3 * WARPS, chunks, stop, lane, output, outputs, BITS, TABLE, GROUP, UNROLL,
+            EVEN, EMULATED, TILES,
+        )  # fmt: skip
+        chunk += 2 * WARPS
+    sums = _added(
+        sums, rows_held, held, chunk, stop, levels, table, output, outputs, magic, BITS, TABLE, BFLOAT, UNROLL, EVEN,
+        EMULATED, TILES,
+    )  # fmt: skip
+    sums = _added(
+        sums, rows_later, later, chunk + WARPS, stop, levels, table, output, outputs, magic, BITS, TABLE, BFLOAT,
+        UNROLL, EVEN, EMULATED, TILES,
+    )  # fmt: skip
+    # element [l, r, h]: lane l's output h, row r
+    lane = tl.arange(0, 32)[:, None, None]
+    odd, upper = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :]
+    output = tile * 16 + lane // 4 + 8 * upper
+    row = tl.program_id(1) * 8 + lane % 4 * 2 + odd
     place = out + (split * rows + row).to(tl.int64) * outputs + output
-    tl.store(place, _over_warps(t0, WARPS), mask=(row < rows) & (output < outputs))
-    tl.store(place + outputs, _over_warps(t1, WARPS), mask=(row + 1 < rows) & (output < outputs))
-    tl.store(place + 8, _over_warps(t2, WARPS), mask=(row < rows) & (output + 8 < outputs))
-    tl.store(place + outputs + 8, _over_warps(t3, WARPS), mask=(row + 1 < rows) & (output + 8 < outputs))
+    tl.store(place, _over_warps(*sums[0], WARPS), mask=(row < rows) & (output < outputs))
+    if TILES == 2:
+        tl.store(place + 16, _over_warps(*sums[1], WARPS), mask=(row < rows) & (output + 16 < outputs))
 
 
 @triton.jit
@@ -370,33 +312,28 @@ def decode_kernel(
     output = tile * 16 + lane // 4
     there = (inside & (output < outputs), inside & (output + 8 < outputs))
     nil = tl.zeros((WARPS * 32,), tl.float32)
-    zeros, levels, s0, s1 = (nil, nil), (0, 0), nil, nil
+    zeros, levels, s0, s1 = (output, output), (0, 0), nil, nil
     if TABLE and not EMULATED:
-        levels = (
-            _levels(table, output, there[0], outputs, 1 << BITS, BFLOAT),
-            _levels(table, output + 8, there[1], outputs, 1 << BITS, BFLOAT),
-        )
+        levels = (levels_of(table, output, outputs, BITS, BFLOAT), levels_of(table, output + 8, outputs, BITS, BFLOAT))
     if not TABLE:
         group = (chunk // GROUP if GROUP else chunk * 0) * outputs + output
         s0 = tl.load(scale + group, mask=there[0], other=0.0).to(tl.float32)
         s1 = tl.load(scale + group + 8, mask=there[1], other=0.0).to(tl.float32)
         zeros = (
-            tl.load(zero + group, mask=there[0], other=0).to(tl.float32),
-            tl.load(zero + group + 8, mask=there[1], other=0).to(tl.float32),
+            tl.load(zero + group, mask=there[0], other=0).to(tl.int32) * 0x10001,
+            tl.load(zero + group + 8, mask=there[1], other=0).to(tl.int32) * 0x10001,
         )
-    f0, f1, none = _twice(s0, BFLOAT), _twice(s1, BFLOAT), _twice(nil, BFLOAT)
+    f0, f1, none = twice(s0, BFLOAT), twice(s1, BFLOAT), twice(nil, BFLOAT)
     inputs = chunks * (UNROLL * 64)
     place = output.to(tl.int64) * inputs + lane % 4 * 16
     out = out.to(tl.pointer_type(tl.int64))
-    words += (tile.to(tl.int64) * chunks + chunk) * (UNROLL * BITS * 32) + lane
+    words += (tile.to(tl.int64) * chunks + chunk) * (UNROLL * BITS * 32)
     for m in tl.static_range(4 * UNROLL):
-        w = _load_words(words, m // 4 * BITS * 32, BITS)
-        a0, a1, a2, a3 = _operands(
-            w, m % 4, magic, zeros, levels, table, output, there, outputs, BITS, TABLE, BFLOAT, EMULATED
-        )
+        w = load_words(words + m // 4 * BITS * 32, lane, BITS, EMULATED)
+        a0, a1, a2, a3 = operands(w, m % 4, magic, zeros, levels, table, output, outputs, BITS, TABLE, BFLOAT, EMULATED)
         if not TABLE:
-            a0, a2 = _rescaled(a0, f0, none, BFLOAT, EMULATED), _rescaled(a2, f0, none, BFLOAT, EMULATED)
-            a1, a3 = _rescaled(a1, f1, none, BFLOAT, EMULATED), _rescaled(a3, f1, none, BFLOAT, EMULATED)
+            a0, a2 = rescaled(a0, f0, none, BFLOAT, EMULATED), rescaled(a2, f0, none, BFLOAT, EMULATED)
+            a1, a3 = rescaled(a1, f1, none, BFLOAT, EMULATED), rescaled(a3, f1, none, BFLOAT, EMULATED)
         at = (place + chunk * (UNROLL * 64) + m // 4 * 64 + m % 4 * 4) // 4
         tl.store(out + at, _four(a0, a2), mask=there[0])
         tl.store(out + at + 2 * inputs, _four(a1, a3), mask=there[1])

@@ -143,10 +143,16 @@ class FragmentLinear(Coded):
 
     def __init__(self, weight: KernelWeight, bias: Tensor | None) -> None:
         words = pack_fragments(weight.codes, weight.bits, nibbles=weight.table is not None)
+        if weight.table is not None:
+            weight = replace(weight, table=weight.table.T.contiguous())  # an output's levels side by side
         super().__init__(words, weight, bias, "triton_mma")
 
     def _multiply(self, x: Tensor, weight: PackedWeight) -> Tensor:
         return ops.multiply(ops.run_fragment_matmul, ops.fragment_matmul, x, weight)
+
+    def _held(self, bias: Tensor | None) -> PackedWeight:
+        held = super()._held(bias)
+        return held if held.table is None else held._replace(table=held.table.T)
 
     def _exact(self, x: Tensor, weight: PackedWeight) -> Tensor:
         codes = unpack_fragments(weight.words, weight.bits, weight.outputs, nibbles=weight.table is not None)
