@@ -113,9 +113,14 @@ def test_a_resumed_run_says_what_the_first_one_said(tmp_path: Path, monkeypatch:
     assert resumed.notes == first.notes
 
 
-def test_streamed_weights_give_the_bits_of_a_model_in_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lent", [False, True])
+def test_streamed_weights_give_the_bits_of_a_model_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lent: bool
+) -> None:
     from fewbits.engine.source import Streamed
 
+    if lent:
+        monkeypatch.setattr("fewbits.engine.source.LARGE", 0)
     whole = encoder()
     save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, tmp_path / "model.safetensors")
     quantize(whole, build_recipe("smoothquant+gptq", "W4A8"), tokens(8))

@@ -40,13 +40,13 @@ class Lending:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model = model
         self.device = device
-        self.bytes = 0  # of the parameters lent
+        self.bytes = 0  # that are spared on the device
         self._handles: list[RemovableHandle] = []
 
     def take(self, names: Iterable[str], value: Tensor) -> None:
         """From now on `value`, in host memory, is the parameter of these names, and is lent where it is read."""
         held = nn.Parameter(value, requires_grad=False)
-        self.bytes += value.nbytes
+        self.bytes += value.nbytes if self.device.type != "cpu" else 0
         for name in names:
             path, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(path)

@@ -124,8 +124,7 @@ class Streamed(Source):
         glue = names_outside(model, units)
         self._kept = {twin for name in glue for twin in self._twins.get(name, [name])}
         self.lending = Lending(model, device)
-        if device.type != "cpu":
-            self._lend(graph, glue)
+        self._lend(graph, glue)
         self._load(glue)
         for name, buffer in model.named_buffers():
             if buffer.is_meta:
