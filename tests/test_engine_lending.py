@@ -1,4 +1,4 @@
-"""Large weights outside the units are on the device only while their module runs."""
+"""Large weights outside the units are on the device only while they are read."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_a_parameter_that_only_its_module_reads_may_be_lent() -> None:
     assert read_by_their_module_alone(record(Small(looked_at=True), ids), NAMES) == ["head.weight"]
 
 
-def test_a_lent_parameter_is_on_the_device_during_the_forward_alone() -> None:
-    model, seen = Small(), []
+def test_a_lent_parameter_is_the_model_s_during_the_forward_alone() -> None:
+    model, seen = Small(), list[str]()
     model.head.weight = model.words.weight  # tied
     value = model.words.weight.detach().clone()
     lending = Lending(model, torch.device("meta"))
@@ -48,5 +48,10 @@ def test_a_lent_parameter_is_on_the_device_during_the_forward_alone() -> None:
         model.head(torch.zeros(3, device="meta"))  # 3 columns where 8 belong
     assert seen == ["meta"]
     assert model.head.weight is model.words.weight and torch.equal(model.words.weight, value)
+    lent = lending._lent[model.words.weight]
+    model.words(torch.zeros(1, dtype=torch.int64, device="meta"))
+    assert lending._lent[model.words.weight] is lent  # one journey for both
+    lending.ask_back()
+    assert not lending._lent
     lending.end()
     assert model.words(torch.zeros(1, dtype=torch.int64)).device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Large weights that no unit owns, embeddings and heads, on the device only while their module runs.
+"""Large weights that no unit owns, embeddings and heads, on the device only while they are read.
 
 Where weights are streamed, the memory of the device is what is scarce, and a forward that ends at some unit needs its
 embedding for one batch and its head not at all.
@@ -32,9 +32,10 @@ def read_by_their_module_alone(graph: Graph, names: Iterable[str]) -> list[str]:
 
 
 class Lending:
-    """Keeps parameters in host memory and lends them to their modules for each forward.
+    """Keeps parameters in host memory and lends them to their modules for their forwards.
 
-    A first journey to a GPU leaves a copy in page-locked memory, from which the others start.
+    What was lent stays on the device, for the next forward, until it is asked back. A first journey to a GPU leaves a
+    copy in page-locked memory, from which the others start.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -42,6 +43,7 @@ class Lending:
         self.device = device
         self.bytes = 0  # that are spared on the device
         self._handles: list[RemovableHandle] = []
+        self._lent: dict[nn.Parameter, nn.Parameter] = {}
 
     def take(self, names: Iterable[str], value: Tensor) -> None:
         """From now on `value`, in host memory, is the parameter of these names, and is lent where it is read."""
@@ -56,8 +58,13 @@ class Lending:
                 module.register_forward_hook(partial(_back, held, leaf), always_call=True),
             ]
 
+    def ask_back(self) -> None:
+        """Nothing more is read for now."""
+        self._lent.clear()
+
     def end(self) -> None:
         """Lend nothing any more; the parameters stay in host memory."""
+        self.ask_back()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -65,7 +72,9 @@ class Lending:
     def _lend(self, held: nn.Parameter, leaf: str, module: nn.Module, args: Any) -> None:
         if self.device.type == "cuda" and not held.is_pinned():
             held.data = held.data.pin_memory()
-        module._parameters[leaf] = nn.Parameter(held.data.to(self.device, non_blocking=True), requires_grad=False)
+        if held not in self._lent:
+            self._lent[held] = nn.Parameter(held.data.to(self.device, non_blocking=True), requires_grad=False)
+        module._parameters[leaf] = self._lent[held]
 
 
 def _back(held: nn.Parameter, leaf: str, module: nn.Module, args: Any, output: Any) -> None:

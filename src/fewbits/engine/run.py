@@ -301,6 +301,7 @@ class Run:
                 self._glue(index, steps, prefix)
             for stream in streams:
                 self.streams.capture(stream, unit, self.batches)
+            self.source.captured()
             self.attachment.set_activations(True)
             if number == 0 and float_later:
                 self.source.remember(unit)
@@ -333,6 +334,7 @@ class Run:
             self.source.let_go(unit)
             self.progress.advance()
         self._glue(len(self.units), steps, prefix)
+        self.source.captured()
         for stream in streams:
             self.streams.end(stream)
 

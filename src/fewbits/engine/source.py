@@ -54,6 +54,9 @@ class Source(ABC):
     def close(self) -> None:  # noqa: B027
         """Nothing is needed any more."""
 
+    def captured(self) -> None:  # noqa: B027
+        """What the model has outside its units is not read for now."""
+
     @abstractmethod
     def remember(self, unit: Unit) -> None:
         """Keep the unit's float values for `recall`, before anything changes them."""
@@ -150,6 +153,9 @@ class Streamed(Source):
                 self._reader = ThreadPoolExecutor(1, "fewbits-weights")
             stored = list(self._wanted(self._missing(unit)).values())
             self._read_ahead = stored, self._reader.submit(self._read_locked, stored)
+
+    def captured(self) -> None:
+        self.lending.ask_back()
 
     def close(self) -> None:
         self.lending.end()
