@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels import ops, reference
+from fewbits.kernels.choose import milliseconds
 from fewbits.kernels.external import PackageError, missing
 from fewbits.kernels.fragments import unpack_fragments
 from fewbits.kernels.operands import Beside, PackedWeight
@@ -49,15 +49,7 @@ def graph_time(runs: list[Callable[[], Any]], repeats: int = 30) -> float:
     with torch.cuda.graph(graph):
         for run in runs:
             run()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(runs))
-    return statistics.median(times)
+    return 1e3 * milliseconds(graph.replay, torch.device("cuda"), 0.0, repeats) / len(runs)
 
 
 def weight(bits: int, outputs: int, inputs: int, *, table: bool = False, sparse: float = 0.0) -> PackedWeight:

@@ -542,6 +542,17 @@ def test_no_relation_where_a_scale_would_show(body: Any) -> None:
     assert find_relations(record(Case(body, a=_linear(4, 6), b=_linear(6, 3)), torch.randn(2, 4))) == []
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_parts_that_are_joined_keep_their_relations(named: bool) -> None:
+    torch.manual_seed(0)
+
+    def joined(m: Any, x: Tensor) -> Tensor:
+        parts = [m.a(x), m.c(x)]
+        return m.b(torch.cat(tensors=parts, dim=-1) if named else torch.cat(parts, -1))
+
+    _holds(Case(joined, a=_linear(4, 6), c=_linear(4, 2), b=_linear(8, 3)), torch.randn(2, 5, 4), 2)
+
+
 def test_values_changed_through_an_alias_have_no_relation() -> None:
     torch.manual_seed(0)
 

@@ -132,6 +132,20 @@ def test_however_the_work_is_shared_the_product_is_the_same(
     assert (found - expected).norm() <= HALF * expected.norm()
 
 
+def test_whatever_is_timed_for_a_shape_makes_all_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine rows are two eights: three tiles of outputs do not divide by two, however many programs there are."""
+    from fewbits.kernels import launch, triton_fragments
+
+    weight, x = kernel_weight(4, 48, 1024, 128, False, False), torch.randn(9, 1024).half()
+    expected = x.double() @ dense(weight).T
+    layer, configs = FragmentLinear(weight, None).to(DEVICE), triton_fragments.configs(3, 2, 8, 132)
+    assert len(configs) > 1
+    for config in configs:
+        monkeypatch.setattr(launch, "_chosen", {})
+        monkeypatch.setattr(triton_fragments, "configs", lambda *shape, config=config: [config])
+        assert (layer(x.to(DEVICE)).cpu().double() - expected).norm() <= HALF * expected.norm()
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no bfloat16 to multiply")
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("table", [False, True])

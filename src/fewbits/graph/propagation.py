@@ -287,7 +287,7 @@ class Propagation:
         if call.op == "setitem":
             target = args[0].clone(memory_format=torch.contiguous_format)
             args = (target, *args[1:])
-        elif call.op == "cat":
+        elif call.op == "cat" and args:
             args = (thin(args[0], argument(call, 1, "dim", "axis", default=0)), *args[1:])
         try:
             out = call.func(*args, **kwargs)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fewbits.kernels import fragments, triton_finish, triton_fragments, triton_group, triton_int8, triton_vector
+from fewbits.kernels.choose import milliseconds
 from fewbits.kernels.operands import Beside, Int8Matrix, Norm, PackedWeight, RowGrid
 
 #: The bits of 1.0f, given at run time: see `triton_vector._mantissa`.
@@ -153,11 +153,11 @@ def fragment_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
         even = outputs % fragments.OUTPUTS == 0 and per_split % (2 * meta["WARPS"]) == 0 and chunks % per_split == 0
         triton_fragments.fragment_kernel[(len(words) // meta["TILES"], downs, splits)](
             x, words, *held, partial, rows, outputs, chunks, per_split, x.stride(0), magic, **constants, **meta,
-            EVEN=even, DEPENDENT=dependent, num_warps=config.num_warps, maxnreg=config.maxnreg, **pdl,
+            EVEN=even, DEPENDENT=dependent, num_warps=config.num_warps, **pdl,
         )  # fmt: skip
         return partial if plain else _finished(partial, x, beside)
 
-    configs = triton_fragments.configs(len(words) * downs, chunks, _processors(x.device))
+    configs = triton_fragments.configs(len(words), downs, chunks, _processors(x.device))
     return _tuned(("fragments", downs, *key, *(given is None for given in beside)), configs, run)
 
 
@@ -243,7 +243,7 @@ def _tiles(matrix: Tensor, rows: int, columns: int) -> Any:
 
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
-    """Whether the GPU has an engine that copies tiles."""
+    """Whether the GPU has an engine that copies tiles, and starts a kernel while the one before it ends."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -298,12 +298,11 @@ def _fastest(configs: Sequence[Any], run: Callable[[Any], Tensor]) -> Any:
     return configs[min(found)[1]]
 
 
-def _replayed(cache: Tensor, work: Callable[[], Any], repeats: int = 8, calls: int = 5) -> float:
-    """Median milliseconds, of a few repeats, of emptying the cache and `work`, several times in a CUDA graph: launching
-    a kernel from Python takes longer than a short one runs."""
+def _replayed(cache: Tensor, work: Callable[[], Any], calls: int = 5) -> float:
+    """Median milliseconds of emptying the cache and `work`, several times in a CUDA graph: launching a kernel from
+    Python takes longer than a short one runs."""
     stream, graph = torch.cuda.Stream(cache.device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(cache.device))
-    times: list[float] = []
     with torch.cuda.stream(stream):
         # not `torch.cuda.graph`, which collects garbage and returns all unused memory each time
         graph.capture_begin(capture_error_mode="thread_local")
@@ -311,12 +310,6 @@ def _replayed(cache: Tensor, work: Callable[[], Any], repeats: int = 8, calls: i
             cache.zero_()
             work()
         graph.capture_end()
-        for _ in range(repeats):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
+        took = milliseconds(graph.replay, cache.device, 0.0, 8)
     torch.cuda.current_stream(cache.device).wait_stream(stream)
-    return statistics.median(times)
+    return took

@@ -20,11 +20,14 @@ from fewbits.kernels.triton_operands import four_words, high, levels_of, load_wo
 MAGIC = {False: 0x64006400, True: 0x43004300}
 
 
-def configs(tiles: int, chunks: int, processors: int) -> list[triton.Config]:
-    """Numbers of warps, splits and tiles a program worth timing."""
+def configs(tiles: int, downs: int, chunks: int, processors: int) -> list[triton.Config]:
+    """Numbers of warps, splits and tiles a program worth timing, for `tiles` of outputs and `downs` eights of rows.
+
+    A program's tiles are all there: two only where they divide the outputs' tiles.
+    """
     found = []
     for each, warps, splits in ((1, 4, 1), (1, 8, 1), (2, 4, 1), (2, 8, 1), (1, 4, 2), (1, 8, 2), (1, 4, 4), (1, 8, 4)):
-        busy = splits > 1 and tiles * warps * splits > 48 * processors
+        busy = splits > 1 and tiles * downs * warps * splits > 48 * processors
         if tiles % each == 0 and warps * splits <= max(chunks, 4) and not busy:
             found.append(triton.Config({"WARPS": warps, "SPLITS": splits, "TILES": each}, num_warps=warps))
     return found

@@ -172,7 +172,8 @@ class _Search:
             ends = window(extent[row], self.num, index[pair], zero, steps)
             return self._clipped(*ends, row)[end] <= self.best[row] * _MARGIN
 
-        # where the smallest step allowed is too coarse for every window, all are equal and the first stays
+        # where the smallest step allowed is too coarse for every window, all are equal and the first stays; where one
+        # was found on bins, that one stays: tried again here, its error may come out larger
         new = self.best.isinf()
         lo, hi = window(extent, self.num, 1, 0, steps)
         self.lo, self.hi = torch.where(new, lo, self.lo), torch.where(new, hi, self.hi)
