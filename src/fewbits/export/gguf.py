@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewbits.engine.tree import as_call
 from fewbits.errors import FewbitsError
 from fewbits.export.base import Obstacle, Subject, Target
-from fewbits.export.comparison import answers, compared, insist
+from fewbits.export.comparison import answer, answers, compared, insist
 from fewbits.export.layers import Layer, unquantized_state
 from fewbits.export.linears import HALF_TOLERANCE, stored, unfit
 from fewbits.export.transformers_folder import read_folder
@@ -45,6 +46,8 @@ ARCHITECTURES = {
     "qwen3": ("qwen3", False),
 }
 _DTYPES = ("float16", "float32")
+#: llama.cpp rounds the input of a product with a block to 8 bits, in runs of 32, which the simulation does not.
+LLAMA_TOLERANCE = 0.03
 
 
 class Export(Target):
@@ -142,7 +145,30 @@ class Export(Target):
             )
             insist(entry, HALF_TOLERANCE)
             entries.append(entry)
+        if find_spec("llama_cpp") is not None:
+            entries.append(_in_llama_cpp(folder / FILE, model, subject.inputs()))
         return entries
+
+
+@torch.no_grad()
+def _in_llama_cpp(path: Path, model: Any, batches: list[Any]) -> dict[str, Any]:
+    """The entry of `check` for llama.cpp itself, on the CPU."""
+    import llama_cpp
+
+    calls = [as_call(batch) for batch in batches]
+    ids = [row for args, kwargs in calls for row in (args[0] if args else kwargs["input_ids"]).cpu()]
+    runner = llama_cpp.Llama(
+        str(path), n_ctx=max(map(len, ids)), n_gpu_layers=0, seed=0, logits_all=True, verbose=False
+    )
+    expected, found = [], []
+    for row in ids:
+        runner.reset()
+        runner.eval(row.tolist())
+        found.append(torch.from_numpy(runner.scores[: len(row)].copy())[None])
+        expected.append(answer(model(input_ids=row[None].to(model.device))))
+    entry = compared(f"llama.cpp (llama-cpp-python {llama_cpp.__version__})", expected, found)
+    insist(entry, LLAMA_TOLERANCE)
+    return entry
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------------
