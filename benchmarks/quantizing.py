@@ -3,9 +3,10 @@
     python benchmarks/quantizing.py --device cuda --out quantizing.jsonl
 
 One JSON line per run: seconds for each unit and in all, peak memory of the device, the machine. Weights are random, so
-only time and memory mean anything. `--layers 8` builds fewer of the 32 layers; the line then also says what 32 would
-take at the median layer's time. `--scale 64` divides all widths, for a try on a CPU. Compare `--anchors` with the
-targets and the figures of other tools, which are printed beside ours.
+only time and memory mean anything. Activations between layers lie in host memory for GPTQ, which has a target for
+memory too, and on the device for AWQ, which has one for time alone (`--activations`, in gigabytes). `--layers 8` builds
+fewer of the 32 layers; the line then also says what 32 would take at the median layer's time. `--scale 64` divides all
+widths, for a try on a CPU. The targets and the figures of other tools are printed beside ours.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import nn
 
 import fewbits
 from fewbits.bench.run import machine
+from fewbits.engine import Budget
 from fewbits.engine.progress import Progress
 from fewbits.engine.source import Streamed
 
@@ -35,6 +37,8 @@ ANCHORS = {
 }
 #: Targets for the peak of GPU memory, gigabytes.
 MEMORY = {"gptq": 4.0}
+#: Gigabytes of activations that may lie on the device.
+ACTIVATIONS = {"gptq": 0.0, "awq": 16.0}
 LAYERS, TOKENS, SEQUENCES = 32, 2048, 128
 
 
@@ -89,6 +93,7 @@ def run_llama(
     recipe: str, bits: str, options: argparse.Namespace, device: torch.device, weights: Path
 ) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    room = ACTIVATIONS[recipe] if options.activations is None else options.activations
     with tempfile.TemporaryDirectory() as scratch:
         model = llama(options.layers, options.scale, weights, dtype, device)
         tokens = torch.randint(
@@ -99,13 +104,13 @@ def run_llama(
         started = time.perf_counter()
         result = fewbits.quantize(
             model, recipe, batches, bits=bits, device=device, source=Streamed(weights, dtype), progress=watch,
-            work_dir=Path(scratch) / "work",
+            work_dir=Path(scratch) / "work", budget=Budget(device=int(room * 1e9)),
         )  # fmt: skip
         total = time.perf_counter() - started
     layer = statistics.median(watch.seconds)
     return {
         "run": f"{recipe} {bits}, LLaMA-8B shape / {options.scale}, {options.layers} layers, "
-        f"{options.sequences} x {options.tokens} tokens",
+        f"{options.sequences} x {options.tokens} tokens, activations {'on the device' if room else 'in host memory'}",
         "recipe": recipe,
         "layers": options.layers,
         "scale": options.scale,
@@ -151,6 +156,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=SEQUENCES)
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--batch", type=int, default=4, help="sequences of a forward")
+    parser.add_argument("--activations", type=float, help="gigabytes of them that may lie on the device")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--iterations", type=int, default=20_000)
     options = parser.parse_args()

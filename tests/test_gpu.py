@@ -16,8 +16,10 @@ from fewbits.diagnosis.workflow import diagnose_reference
 from fewbits.engine.progress import Progress
 from fewbits.engine.source import Streamed
 from fewbits.formats import gptq_grid
+from fewbits.kernels import ops
 from fewbits.packed.modules import Packed
 from fewbits.ranges import MinMax
+from fewbits.ranges.output_clip import _shorter
 from fewbits.rounding import HessianAccumulator, gptq
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
@@ -154,7 +156,30 @@ def test_a_checkpoint_is_diagnosed_on_the_gpu_as_on_the_cpu(recipe: str, bits: s
     assert weights
     for site in weights:
         assert sites[site["site"]]["tensor_db"] == pytest.approx(site["tensor_db"], abs=1e-2)
-    assert gpu["suggestions"]
+    assert bool(gpu["suggestions"]) == bool(cpu["suggestions"])
+
+
+def test_codes_of_rows_are_those_of_a_division() -> None:
+    """Quotients near halves too, where one rounding more would show."""
+    for scale in torch.rand(40).exp().mul(0.01).tolist():
+        step = torch.tensor(scale, device="cuda")
+        middle = (torch.randint(-130, 130, (64, 4096), device="cuda") + 0.5) * step
+        upwards = torch.rand(64, 4096, device="cuda") < 0.5
+        near = torch.nextafter(middle, torch.where(upwards, torch.inf, -torch.inf))
+        for x in (middle, near, torch.randn(64, 4096, device="cuda") * 40 * step):
+            found = ops.quantize_rows(x, step, torch.zeros_like(step), -127, 127, True, 0.0, backend="triton")[0]
+            assert torch.equal(found, (x / step).round().clamp(-127, 127).to(torch.int8))
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_fewer_rows_say_the_same_of_every_direction(silent: bool) -> None:
+    x = torch.randn(6, 500, 128, device="cuda") * torch.randn(128, device="cuda").mul(3).exp()
+    if silent:
+        x[2, :, 40:50] = 0
+    short, d = _shorter(x), torch.randn(6, 128, 30, device="cuda")
+    assert short.shape == (6, 128, 128)
+    found, expected = ((rows.double() @ d.double()).norm(dim=1) for rows in (short, x))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 PACKED = {

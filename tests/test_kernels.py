@@ -253,7 +253,9 @@ def test_norm_and_quantize_in_one(centred: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 33, 77), (19, 40, 256), (5, 7, 1500)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 33, 77), (19, 40, 256), (5, 7, 1500), (300, 520, 272), (128, 256, 128), (140, 130, 1040)]
+)
 @pytest.mark.parametrize("zero_weights", [False, True])
 def test_int8_product_is_exact_in_integers(m: int, n: int, k: int, zero_weights: bool, backend: str) -> None:
     a = torch.randint(-128, 128, (m, k), dtype=torch.int8)

@@ -120,10 +120,10 @@ def test_however_the_work_is_shared_the_product_is_the_same(
 ) -> None:
     """Two tiles of outputs a program, chunks that do not fill the warps, the input axis split."""
     triton = pytest.importorskip("triton")
-    from fewbits.kernels import launch, triton_fragments
+    from fewbits.kernels import triton_fragments, tuning
 
     chosen = triton.Config({"WARPS": warps, "SPLITS": splits, "TILES": tiles}, num_warps=warps)
-    monkeypatch.setattr(launch, "_chosen", {})
+    monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(triton_fragments, "configs", lambda *shape: [chosen])
     weight = kernel_weight(3, 60, 64 * 11, 64, table, False)
     x = torch.randn(3, 64 * 11).half()
@@ -134,16 +134,48 @@ def test_however_the_work_is_shared_the_product_is_the_same(
 
 def test_whatever_is_timed_for_a_shape_makes_all_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nine rows are two eights: three tiles of outputs do not divide by two, however many programs there are."""
-    from fewbits.kernels import launch, triton_fragments
+    from fewbits.kernels import triton_fragments, tuning
 
     weight, x = kernel_weight(4, 48, 1024, 128, False, False), torch.randn(9, 1024).half()
     expected = x.double() @ dense(weight).T
     layer, configs = FragmentLinear(weight, None).to(DEVICE), triton_fragments.configs(3, 2, 8, 132)
     assert len(configs) > 1
     for config in configs:
-        monkeypatch.setattr(launch, "_chosen", {})
+        monkeypatch.setattr(tuning, "_chosen", {})
         monkeypatch.setattr(triton_fragments, "configs", lambda *shape, config=config: [config])
         assert (layer(x.to(DEVICE)).cpu().double() - expected).norm() <= HALF * expected.norm()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="Gluon has no interpreter")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_one_row_in_graphs_however_far_is_read_ahead(
+    bits: int, table: bool, extras: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a graph a product begins before its row is there, which the kernel before it makes of what it is given."""
+    from fewbits.kernels import gluon_fragments, tuning
+
+    for inputs, group in ((4096, 128), (4096, 64)):
+        weight = kernel_weight(bits, 48, inputs, group, table, extras)
+        layer, exact = FragmentLinear(weight, None).to(DEVICE), dense(weight).to(DEVICE)
+        chunks = inputs // (128 if table or group == 128 else 64)
+        configs = gluon_fragments.configs(chunks, early=True)
+        assert len(configs) == 6
+        for config in configs:
+            monkeypatch.setattr(tuning, "_chosen", {})
+            monkeypatch.setattr(gluon_fragments, "configs", lambda *shape, config=config: [config])
+            given, graph = torch.zeros(1, inputs, device=DEVICE, dtype=dtype), torch.cuda.CUDAGraph()
+            layer(given)
+            with torch.cuda.graph(graph):
+                outs = [(row, layer(row)) for row in (given * factor for factor in (1, -2, 3))]
+            monkeypatch.undo()
+            given.copy_(torch.randn(1, inputs))
+            graph.replay()
+            for row, out in [*outs, (given, layer(given))]:
+                expected = row.double() @ exact.T
+                assert (out.double() - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no bfloat16 to multiply")

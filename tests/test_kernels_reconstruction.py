@@ -88,6 +88,17 @@ def test_a_gpu_takes_the_kernels_for_matrices_only() -> None:
     torch.testing.assert_close(other.soft_weight(), other._weight(other.h()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_squared_distance(dtype: torch.dtype) -> None:
+    losses = importlib.import_module("fewbits.kernels.triton_losses")
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(3, 5, 1001, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    assert losses.alike(one, other) and not losses.alike(one, other.double()) and not losses.alike(one, other[..., 1:])
+    found, expected = losses.squared_distance(one, other), (one.double() - other.double()).square().sum()
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_squared_error_and_its_gradient(layout: torch.memory_format) -> None:
     losses = importlib.import_module("fewbits.kernels.triton_losses")

@@ -186,11 +186,11 @@ def samples_of(count: int, metric: str) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dataset", "value", "count", "metric"), FIGURES)
 def test_zoo_figures(name: str, dataset: str, value: float, count: int, metric: str) -> None:
-    """On the full sets. Pixels of resized images differ by rounding between resizing libraries: five images in ten
-    thousand.
+    """On the full sets. Pixels of resized images differ by rounding between resizing libraries: up to eight images in
+    ten thousand.
     """
     got = evaluated(name, dataset, samples_of(count, metric))["value"]
-    tolerance = {"top1_percent": 0.05, "epsilon_mse": 2e-4}.get(metric, 0.02)
+    tolerance = {"top1_percent": 0.085, "epsilon_mse": 2e-4}.get(metric, 0.02)
     assert got == pytest.approx(value, abs=tolerance)
 
 

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewbits.engine.gradients import first_output
 from fewbits.engine.tree import Tree, map_tensors
 from fewbits.errors import FewbitsError
+from fewbits.kernels.available import has_triton
 
 if TYPE_CHECKING:
     from fewbits.engine.context import UnitContext
@@ -41,13 +42,23 @@ class ModuleCalls:
         # Summed where the outputs are: the host does not wait for every call.
         total, elements = torch.zeros((), dtype=torch.float64, device=self._unit.device), 0
         for args, kwargs, output in self:
-            difference = first_output(self.module(*args, **kwargs)).float() - first_output(output).float()
-            if difference.is_cuda:  # which adds up in pairs; without a copy in float64
-                total += torch.linalg.vector_norm(difference).double().square()
-            else:
-                total += difference.double().square().sum()
-            elements += difference.numel()
+            found, expected = first_output(self.module(*args, **kwargs)), first_output(output)
+            total += _squared_distance(found, expected)
+            elements += expected.numel()
         return float(total) / max(elements, 1)
+
+
+def _squared_distance(found: Tensor, expected: Tensor) -> Tensor:
+    """Scalar float64."""
+    if found.is_cuda and has_triton():
+        from fewbits.kernels.triton_losses import alike, squared_distance
+
+        if alike(found, expected):
+            return squared_distance(found, expected)
+    difference = found.float() - expected.float()
+    if difference.is_cuda:  # which adds up in pairs; without a copy in float64
+        return torch.linalg.vector_norm(difference).double().square()
+    return difference.double().square().sum()
 
 
 @contextmanager

@@ -92,6 +92,7 @@ def quantize(
     work_dir: where finished units are committed; with `resume` a run that was interrupted there goes on and ends with
         the same bits.
     units: globs of module names to process at once instead of the units found.
+    budget: how many bytes of activations may be cached on the device and in host memory.
     source: stream weights from safetensors files; the model's parameters are then on the meta device.
     input_range: smallest and largest element of image inputs, as numbers or per channel [C], where that is known (from
         the preprocessing: `fewbits.hub.preprocess.input_range`), for recipes that work without data.

@@ -1,31 +1,27 @@
-"""Launching the Triton kernels: grids, workspaces and tuning. Imports triton, so it is imported only where one runs.
+"""Launching the Triton kernels: grids and workspaces. Imports triton, so it is imported only where one runs.
 
 Nothing here waits for the device, and no launch depends on values, so all of it can be captured into a CUDA graph once
-a first call has compiled and tuned. A kernel is tuned once a shape (rows rounded up to a power of two) by timing its
-configurations in such graphs; `FEWBITS_TUNE=0` takes the first that suits instead, the same on every run. How often the
-input axis is split follows from the shape alone.
+a first call has compiled and tuned (`kernels.tuning`). How often the input axis is split follows from the shape alone.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fewbits.kernels import fragments, triton_finish, triton_fragments, triton_group, triton_int8, triton_vector
-from fewbits.kernels.choose import milliseconds
 from fewbits.kernels.operands import Beside, Int8Matrix, Norm, PackedWeight, RowGrid
+from fewbits.kernels.tuning import INTERPRETED, copies, tuned
 
 #: The bits of 1.0f, given at run time: see `triton_vector._mantissa`.
 ONE = 0x3F800000
-INTERPRETED = bool(getattr(triton.knobs.runtime, "interpret", False))
 #: Rows up to which the kernels for vectors are used, a row at a time; beyond, tiles pay.
 VECTOR_ROWS = 4
 #: Rows up to which fragments are decoded for each eight; beyond, the weight is decoded once and multiplied whole.
@@ -77,7 +73,7 @@ def _vectors(x: Tensor, weight: PackedWeight) -> Tensor:
 
     key = (kernel.__name__, rows, inputs, outputs, x.dtype, x.device.index, *constants.items())
     configs = triton_vector.configs(outputs, runs, _processors(x.device))
-    return _tuned(key, configs, run)
+    return tuned(key, configs, run)
 
 
 def _matrix(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -102,7 +98,7 @@ def _matrix(x: Tensor, weight: PackedWeight) -> Tensor:
         return partial if plain else _finished(partial, x, beside)
 
     key = ("matrix", block_rows, inputs, outputs, bits, table is not None, x.dtype, x.device.index)
-    return _tuned(key, [c for c in triton_group.MATRIX_CONFIGS if c.kwargs["BLOCK_M"] == block_rows], run)
+    return tuned(key, [c for c in triton_group.MATRIX_CONFIGS if c.kwargs["BLOCK_M"] == block_rows], run)
 
 
 def fragment_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -135,14 +131,20 @@ def fragment_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
             )
             return dense
 
-        beside.lay_over(_tuned(("decode", *key), triton_fragments.DECODE_CONFIGS, decode))
+        beside.lay_over(tuned(("decode", *key), triton_fragments.DECODE_CONFIGS, decode))
         return F.linear(x, dense, None if beside.bias is None else beside.bias.to(x.dtype))
     if x.stride(-1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
+    if rows == 1 and outputs % fragments.OUTPUTS == 0 and (kernels := _gluon("gluon_fragments", 8)) is not None:
+        configs = kernels.configs(chunks, _generation() >= 9)
+        if configs:
+
+            def run_with(words: Tensor) -> Callable[[Any], Tensor]:
+                return functools.partial(_row, kernels, x, weight._replace(words=words), held, constants, chunks)
+
+            kind = ("row", *key, *(given is None for given in beside))
+            return tuned(kind, configs, run_with(words), lambda: [run_with(copy) for copy in copies(words)])
     downs = triton.cdiv(rows, 8)
-    # in a graph the kernel before this one writes activations, never weights
-    dependent = not INTERPRETED and torch.cuda.is_current_stream_capturing() and _is_hopper(x.device)
-    pdl = {"launch_pdl": True} if dependent else {}
 
     def run(config: Any) -> Tensor:
         meta = dict(config.kwargs)
@@ -153,12 +155,31 @@ def fragment_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
         even = outputs % fragments.OUTPUTS == 0 and per_split % (2 * meta["WARPS"]) == 0 and chunks % per_split == 0
         triton_fragments.fragment_kernel[(len(words) // meta["TILES"], downs, splits)](
             x, words, *held, partial, rows, outputs, chunks, per_split, x.stride(0), magic, **constants, **meta,
-            EVEN=even, DEPENDENT=dependent, num_warps=config.num_warps, **pdl,
+            EVEN=even, num_warps=config.num_warps,
         )  # fmt: skip
         return partial if plain else _finished(partial, x, beside)
 
     configs = triton_fragments.configs(len(words), downs, chunks, _processors(x.device))
-    return _tuned(("fragments", downs, *key, *(given is None for given in beside)), configs, run)
+    return tuned(("fragments", downs, *key, *(given is None for given in beside)), configs, run)
+
+
+def _row(
+    kernels: Any, x: Tensor, weight: PackedWeight, held: tuple[Tensor, ...], constants: dict[str, Any], chunks: int,
+    config: Any,
+) -> Tensor:  # fmt: skip
+    """`fragment_matmul` of one row, by `gluon_fragments`."""
+    warps, unroll, outputs = config.num_warps, constants["UNROLL"], weight.outputs
+    plain = weight.beside.empty
+    partial = x.new_empty(1, outputs) if plain else _workspace(1, 1, outputs, x.device)
+    # in a graph the kernel before this one writes activations, never weights
+    early = config.kwargs["NEXT"] != "after" and torch.cuda.is_current_stream_capturing()
+    kernels.row_kernel[(len(weight.words),)](
+        x.view(torch.int32), weight.words, *held, partial, outputs, triton_fragments.MAGIC[constants["BFLOAT"]],
+        **{name: value for name, value in constants.items() if name != "EMULATED"}, **config.kwargs, EARLY=early,
+        WARPS=warps, STEPS=chunks // warps, **kernels.layouts(warps, unroll), PLAIN=kernels.PLAIN,
+        ROOM=triton.next_power_of_2(chunks * unroll * 8), num_warps=warps, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
+    return partial if plain else _finished(partial, x, weight.beside)
 
 
 def _workspace(splits: int, rows: int, outputs: int, device: torch.device) -> Tensor:
@@ -181,7 +202,7 @@ def _finished(partial: Tensor, x: Tensor, beside: Beside) -> Tensor:
         return out
 
     key = ("finish", min(rows, 64), x.shape[1], outputs, splits, kept, sparse, x.dtype, x.device.index)
-    return _tuned(key, triton_finish.CONFIGS, run)
+    return tuned(key, triton_finish.CONFIGS, run)
 
 
 def quantize_rows(x: Tensor, grid: RowGrid, norm: Norm | None = None, out: Tensor | None = None) -> Int8Matrix:
@@ -198,11 +219,14 @@ def quantize_rows(x: Tensor, grid: RowGrid, norm: Norm | None = None, out: Tenso
     block = triton.next_power_of_2(columns)
     weight, bias, eps, centred, twice = (None, None, 0.0, False, False) if norm is None else norm
     held = (x if given is None else given for given in (weight, bias, grid.scale, grid.zero, out))
+    # few warps for a row, so that many rows are on their way at once
+    warps = max(min(4, max(1, block // 512)), min(16, block // 2048))
     triton_int8._quantize_rows_kernel[(rows,)](
         x, *held, *made.flat(), columns, x.stride(0), float(grid.low), float(grid.high), float(grid.middle),
         float(grid.shift), grid.floor, eps,
         STATIC=grid.scale is not None, SYMMETRIC=grid.symmetric, NORM=0 if norm is None else 1 + centred,
-        TWICE=twice, BIAS=bias is not None, KEEP=out is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        TWICE=twice, BIAS=bias is not None, KEEP=out is not None, BLOCK=block, WHOLE=block == columns,
+        EMULATED=INTERPRETED, num_warps=warps,
     )  # fmt: skip
     return made
 
@@ -216,38 +240,51 @@ def int8_matmul(a: Int8Matrix, b: Int8Matrix, bias: Tensor | None, dtype: torch.
     small = triton.next_power_of_2(m)
     beside = (*a.flat()[1:], *b.flat()[1:], a.codes if bias is None else bias, out, m, n, k)
     constants = {"BIAS": bias is not None, "ZERO_B": not b.symmetric}
-    copied = m >= 128 and k % 16 == 0 and _is_hopper(device)
-    if copied:
-        configs = triton_int8.COPIED_CONFIGS
+    specialized = _gluon("gluon_int8", 9, 9) if m >= 128 and k % 16 == 0 else None
+    if specialized is not None:
+        configs = specialized.configs(m, n, _processors(device))
     else:
         configs = [c for c in triton_int8.MATRIX_CONFIGS if c.kwargs["BLOCK_M"] <= max(16, 2 * small)]
 
     def run(config: Any) -> Tensor:
         meta = config.kwargs
-        grid = (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
-        settings = {**constants, **meta, "num_warps": config.num_warps, "num_stages": config.num_stages}
-        if copied:
-            left = _tiles(a.codes, meta["BLOCK_M"], meta["BLOCK_K"])
-            right = _tiles(b.codes, meta["BLOCK_N"], meta["BLOCK_K"])
-            triton_int8._copied_kernel[grid](left, right, *beside, **settings)
+        tiles = triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"])
+        settings = {**constants, **meta, "num_warps": config.num_warps}
+        if specialized is None:
+            even = k % 256 == 0
+            triton_int8._matrix_kernel[(tiles,)](
+                a.codes, b.codes, *beside, EVEN=even, **settings, num_stages=config.num_stages
+            )
         else:
-            triton_int8._matrix_kernel[grid](a.codes, b.codes, *beside, EVEN=k % 256 == 0, **settings)
+            left, right = (
+                specialized.described(*of) for of in ((a.codes, meta["BLOCK_M"]), (b.codes, meta["BLOCK_N"]))
+            )
+            specialized.matrix_kernel[(min(tiles, _processors(device)),)](
+                left, right, *beside, tiles, DEPTH=specialized.DEPTH, **settings
+            )
         return out
 
-    return _tuned(("int8", small, n, k, dtype, device.index, copied, *constants.items()), configs, run)
-
-
-def _tiles(matrix: Tensor, rows: int, columns: int) -> Any:
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+    return tuned(("int8", small, n, k, dtype, device.index, specialized is None, *constants.items()), configs, run)
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    """Whether the GPU has an engine that copies tiles, and starts a kernel while the one before it ends."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def _generation() -> int:
+    """The major number of the GPU's compute capability."""
+    return torch.cuda.get_device_capability()[0]
 
 
-# -- splits and tuning ---------------------------------------------------------------------------------------------
+@functools.cache
+def _gluon(name: str, least: int, most: int = 99) -> Any:
+    """A module of kernels in Gluon on GPUs of these generations, where this Triton has what it needs; else None."""
+    if INTERPRETED or not least <= _generation() <= most:
+        return None
+    try:
+        return importlib.import_module(f"fewbits.kernels.{name}")
+    except ImportError:  # a Triton before 3.6
+        return None
+
+
+# -- the GPU at hand ------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -262,54 +299,3 @@ def _splits(blocks_down: int, outputs: int, runs: int, device: torch.device) -> 
     per_split = -(-runs // wanted)
     per_split = -(-per_split // 8) * 8
     return -(-runs // per_split), per_split
-
-
-_chosen: dict[tuple[Any, ...], Any] = {}
-
-
-def _tuned(key: tuple[Any, ...], configs: Sequence[Any], run: Callable[[Any], Tensor]) -> Tensor:
-    """`run` with the configuration that is fastest for what `key` stands for; its first call measures."""
-    config = _chosen.get(key)
-    if config is None:
-        config = _chosen[key] = _fastest(configs, run)
-    return run(config)
-
-
-#: Bytes written before each timed call: more than any cache holds.
-FLUSH = 1 << 28
-
-
-def _fastest(configs: Sequence[Any], run: Callable[[Any], Tensor]) -> Any:
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if INTERPRETED or capturing or len(configs) == 1 or os.environ.get("FEWBITS_TUNE", "1") == "0":
-        return configs[0]
-    found: list[tuple[float, int]] = []
-    cache: Tensor | None = None
-    for place, config in enumerate(configs):
-        try:
-            device = run(config).device  # compiles it
-        except triton.runtime.errors.OutOfResources:
-            continue  # more shared memory or registers than this GPU has
-        if cache is None:
-            cache = torch.empty(FLUSH, dtype=torch.uint8, device=device)
-        found.append((_replayed(cache, functools.partial(run, config)), place))
-    if not found:
-        raise RuntimeError("no configuration of this kernel fits this GPU")
-    return configs[min(found)[1]]
-
-
-def _replayed(cache: Tensor, work: Callable[[], Any], calls: int = 5) -> float:
-    """Median milliseconds of emptying the cache and `work`, several times in a CUDA graph: launching a kernel from
-    Python takes longer than a short one runs."""
-    stream, graph = torch.cuda.Stream(cache.device), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream(cache.device))
-    with torch.cuda.stream(stream):
-        # not `torch.cuda.graph`, which collects garbage and returns all unused memory each time
-        graph.capture_begin(capture_error_mode="thread_local")
-        for _ in range(calls):
-            cache.zero_()
-            work()
-        graph.capture_end()
-        took = milliseconds(graph.replay, cache.device, 0.0, 8)
-    torch.cuda.current_stream(cache.device).wait_stream(stream)
-    return took

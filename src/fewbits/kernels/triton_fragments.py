@@ -203,21 +203,19 @@ def _over_warps(t0, t1, t2, t3, WARPS: tl.constexpr):
     return tl.sum(tl.reshape(four, (WARPS, 32, 2, 2)), 0)
 
 
-@triton.jit(do_not_specialize=["magic"])
+@triton.jit(do_not_specialize=["magic", "chunks"])
 def fragment_kernel(
     x, words, scale, zero, table, out, rows, outputs, chunks, chunks_per_split, stride_x, magic,
     BITS: tl.constexpr, TABLE: tl.constexpr, BFLOAT: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr,
-    EVEN: tl.constexpr, EMULATED: tl.constexpr, DEPENDENT: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr,
+    EVEN: tl.constexpr, EMULATED: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """A program: one or two TILES of 16 outputs, eight rows, a split of the input axis. Chunks are UNROLL * 64 inputs.
 
     GROUP: chunks that share a scale, 0 for all of a row. WARPS: of the program; every tensor is [WARPS * 32]. EVEN:
-    outputs fill all tiles, and chunks of a split all warps twice. DEPENDENT: the launch may begin while the kernel
-    before it still runs; what the weight is is read at once then, and `x` when that kernel is done.
+    outputs fill all tiles, and chunks of a split all warps twice. A single chunk is a number like any other: Triton
+    would make it a constant of Python.
     """
     tile, split = tl.program_id(0) * TILES, tl.program_id(2)
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
     thread = tl.arange(0, WARPS * 32)
     lane, warp = thread % 32, thread // 32
     output = tile * 16 + lane // 4
@@ -248,8 +246,6 @@ def fragment_kernel(
                 first,
                 (levels_of(table, at, outputs, BITS, BFLOAT), levels_of(table, at + 8, outputs, BITS, BFLOAT)),
             )
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
     chunk = start + warp
     rows_held = _rows(activations, chunk, stop, UNROLL, EMULATED)
     rows_later = _rows(activations, chunk + WARPS, stop, UNROLL, EMULATED)

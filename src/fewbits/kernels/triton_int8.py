@@ -22,10 +22,6 @@ MATRIX_CONFIGS = _tilings(
     (128, 256, 128, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (128, 128, 128, 4, 3), (128, 128, 128, 8, 4),
     (64, 128, 128, 4, 4), (64, 64, 128, 4, 4), (32, 64, 128, 4, 4), (16, 64, 256, 4, 4),
 )  # fmt: skip
-COPIED_CONFIGS = _tilings(
-    (128, 256, 128, 8, 3), (128, 256, 128, 8, 4), (256, 128, 128, 8, 3), (256, 128, 128, 8, 4), (128, 256, 64, 8, 4),
-    (128, 128, 128, 4, 4), (128, 128, 128, 8, 4),
-)  # fmt: skip
 
 
 @triton.jit
@@ -35,20 +31,42 @@ def round_half_even(x):
 
 
 @triton.jit
-def _encode(x, scale, zero, low, high):
-    ratio = tl.math.div_rn(x, scale)
-    code = round_half_even(tl.minimum(tl.maximum(ratio, -4194304.0), 4194303.0)) + zero
-    return tl.minimum(tl.maximum(code, low), high).to(tl.int32)
+def _encode(x, scale, zero, low, high, INSIDE: tl.constexpr, EMULATED: tl.constexpr):
+    """int32 codes of `x` on the grid of one `scale`. INSIDE: of which no value is beyond the ends.
+
+    A division a value would take longer than reading it. From the reciprocal, rounded correctly, two corrections by
+    the remainder lead to the same quotient: the first to a neighbour at most, the second to the one that is nearest
+    (P. Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990).
+    EMULATED: divide, where multiply-adds round twice.
+    """
+    if not INSIDE:
+        most = tl.minimum(scale * 2097152.0, 3.0e38)
+        x = tl.minimum(tl.maximum(x, -most), most)
+    if EMULATED:
+        ratio = tl.math.div_rn(x, scale)
+    else:
+        inverse = tl.math.div_rn(1.0, scale)
+        ratio = x * inverse
+        ratio = tl.fma(tl.fma(-ratio, scale, x), inverse, ratio)
+        ratio = tl.fma(tl.fma(-ratio, scale, x), inverse, ratio)
+    code = round_half_even(ratio) + zero
+    if not INSIDE:
+        code = tl.minimum(tl.maximum(code, low), high)
+    return code.to(tl.int32)
 
 
 @triton.jit
-def _row_grid(low_value, high_value, low, high, middle, floor, SYMMETRIC: tl.constexpr):
-    """Scale and zero point of one row from its range: the largest magnitude, or the whole range with zero inside it."""
+def _row_grid(value, low, high, middle, floor, SYMMETRIC: tl.constexpr):
+    """Scale and zero point of one row from its range: the largest magnitude, or the whole range with zero inside it.
+
+    What is beyond the row is zero, which changes neither.
+    """
     if SYMMETRIC:
-        bound = tl.maximum(tl.maximum(high_value, -low_value), floor)
+        bound = tl.maximum(tl.max(tl.abs(value), 0), floor)
         bound = tl.where(bound == 0.0, 1.0, bound)
         return tl.maximum(tl.math.div_rn(bound, high - middle), 1e-20), middle
-    low_value, high_value = tl.minimum(low_value, 0.0), tl.maximum(high_value, 0.0)
+    low_value = tl.minimum(tl.min(value, 0), 0.0)
+    high_value = tl.maximum(tl.max(value, 0), 0.0)
     flat = low_value == high_value
     low_value, high_value = tl.where(flat, -1.0, low_value), tl.where(flat, 1.0, high_value)
     scale = tl.maximum(tl.math.div_rn(high_value - low_value, high - low), 1e-20)
@@ -61,15 +79,16 @@ def _quantize_rows_kernel(
     x, weight, bias, scale, zero, normed, codes, scales, zeros, sums, columns, stride_x, low, high, middle, shift,
     floor, norm_eps,
     STATIC: tl.constexpr, SYMMETRIC: tl.constexpr, NORM: tl.constexpr, TWICE: tl.constexpr, BIAS: tl.constexpr,
-    KEEP: tl.constexpr, BLOCK: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """One row a program. NORM: 0 none, 1 RMS, 2 layer norm; TWICE: `operands.Norm`; KEEP: write it to `normed` too.
+    WHOLE: a row fills a block.
 
     The row's sum of codes goes to `sums`.
     """
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
-    there = column < columns
+    there = column < (BLOCK if WHOLE else columns)
     value = tl.load(x + row.to(tl.int64) * stride_x + column, mask=there, other=0.0).to(tl.float32)
     if NORM != 0:
         if NORM == 2:
@@ -87,10 +106,11 @@ def _quantize_rows_kernel(
     if STATIC:
         step, offset = tl.load(scale), tl.load(zero)
     else:
-        lowest = tl.min(tl.where(there, value, float("inf")), 0)
-        highest = tl.max(tl.where(there, value, float("-inf")), 0)
-        step, offset = _row_grid(lowest, highest, low, high, middle, floor, SYMMETRIC)
-    code = tl.where(there, _encode(value, step, offset, low, high) - shift, 0)
+        step, offset = _row_grid(value, low, high, middle, floor, SYMMETRIC)
+    inside: tl.constexpr = SYMMETRIC and not STATIC
+    code = _encode(value, step, offset, low, high, inside, EMULATED) - shift
+    if not WHOLE:
+        code = tl.where(there, code, 0)
     tl.store(codes + row.to(tl.int64) * columns + column, code.to(tl.int8), mask=there)
     tl.store(scales + row, step)
     tl.store(zeros + row, offset - shift)
@@ -98,20 +118,19 @@ def _quantize_rows_kernel(
 
 
 @triton.jit
-def _tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """(first row, first column) of a program: those that share columns of b run together, to keep them cached."""
-    program = tl.program_id(0)
-    across, down = tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M)
-    first = program // (GROUP * across) * GROUP
+def corner(number, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(first row, first column) of a tile: those that share columns of b have numbers together, to keep them cached."""
+    across, down = (n + BLOCK_N - 1) // BLOCK_N, (m + BLOCK_M - 1) // BLOCK_M
+    first = number // (GROUP * across) * GROUP
     height = tl.minimum(down - first, GROUP)
     return (
-        (first + program % (GROUP * across) % height) * BLOCK_M,
-        program % (GROUP * across) // height * BLOCK_N,
+        (first + number % (GROUP * across) % height) * BLOCK_M,
+        number % (GROUP * across) // height * BLOCK_N,
     )
 
 
 @triton.jit
-def _store(
+def store(
     acc, row, column, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, bias, out, m, n, k,
     BIAS: tl.constexpr, ZERO_B: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +160,7 @@ def _matrix_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = scales_a[m] * scales_b[n] * sum_k (a[m, k] - zeros_a[m]) * (b[n, k] - zeros_b[n]) + bias[n]."""
-    row, column = _tile(m, n, BLOCK_M, BLOCK_N, GROUP)
+    row, column = corner(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP)
     row, column = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     # rows past the end read others again, which spares a mask; what they make is not stored
@@ -158,23 +177,6 @@ def _matrix_kernel(
         acc = tl.dot(tile_a, tile_b, acc, out_dtype=tl.int32)
         at_a += BLOCK_K
         at_b += BLOCK_K
-    _store(
-        acc, row, column, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, bias, out, m, n, k, BIAS, ZERO_B
-    )  # fmt: skip
-
-
-@triton.jit
-def _copied_kernel(
-    a, b, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, bias, out, m, n, k,
-    BIAS: tl.constexpr, ZERO_B: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """`_matrix_kernel` with `a` and `b` as tensor descriptors, whose tiles the copy engine of a GPU fetches."""
-    row, column = _tile(m, n, BLOCK_M, BLOCK_N, GROUP)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for at in range(0, k, BLOCK_K):
-        acc = tl.dot(a.load([row, at]), b.load([column, at]).T, acc, out_dtype=tl.int32)
-    row, column = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-    _store(
+    store(
         acc, row, column, scales_a, zeros_a, sums_a, scales_b, zeros_b, sums_b, bias, out, m, n, k, BIAS, ZERO_B
     )  # fmt: skip

@@ -74,7 +74,7 @@ def _operand(w, magic, zeros, P: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.co
     SHIFT: tl.constexpr = 0 if N == BITS else P % (16 // BITS) % SHARED * BITS
     ONE: tl.constexpr = (0x3F80 if BFLOAT else 0x3C00) - SHIFT * (128 if BFLOAT else 1024)
     LESS: tl.constexpr = (0xC300 if BFLOAT else 0xE400) - SHIFT * (128 if BFLOAT else 1024)
-    factor = tl.full(zeros.shape, ONE * 0x10001, tl.int32)
+    factor = zeros * 0 + ONE * 0x10001
     minus = (zeros << SHIFT) + (LESS * 0x10001 - 0x100000000)
     return rescaled(_pair(w, magic, P, BITS, BFLOAT), factor, minus, BFLOAT, EMULATED)
 

@@ -76,10 +76,24 @@ def _clip(
     *lead, rows, _ = weight.shape
     w = weight.unflatten(-1, (-1, size)).transpose(-3, -2).reshape(-1, rows, size)
     x = inputs.unflatten(-1, (-1, size)).transpose(-3, -2).reshape(-1, inputs.shape[-2], size)
-    if x.shape[1] > size:  # ||x d|| = ||R d|| with far fewer rows
-        x = torch.linalg.qr(x, mode="r").R
+    if x.shape[1] > size:
+        x = _shorter(x)
     best = torch.cat([_best(part, x, fmt, range_, factors) for part in w.split(at_once, 1)], 1)
     return best.view(*lead, -1, rows).transpose(-1, -2)
+
+
+def _shorter(x: Tensor) -> Tensor:
+    """R [n, size, size] with ||R d|| = ||x d|| for every d; x [n, tokens, size] with more tokens than columns.
+
+    On a GPU the Cholesky factor of x^T x, in float64, takes one call for all where QR takes one for each. It wants
+    every direction to be there: QR for all where one is missing.
+    """
+    if x.is_cuda:
+        wide = x.double()
+        factor, failed = torch.linalg.cholesky_ex(wide.transpose(1, 2) @ wide, upper=True)
+        if not bool(failed.any()):
+            return factor.float()
+    return torch.linalg.qr(x, mode="r").R
 
 
 def _best(w: Tensor, x: Tensor, fmt: Format, range_: Range, factors: list[float]) -> Tensor:
