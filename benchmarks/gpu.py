@@ -1,6 +1,6 @@
 """The table of one GPU: products with packed weights, a packed block, and how long quantizing takes.
 
-    python benchmarks/gpu.py --out OUT             # measures what OUT does not hold yet, about nine minutes on an H200
+    python benchmarks/gpu.py --out OUT             # measures what OUT does not hold yet, about seven minutes on an H200
     python benchmarks/gpu.py --table benchmarks    # the table of stored rows, with no GPU
 
 Each part is a script beside this one (`kernels.py`, `packed_block.py`, `quantizing.py`), whose rows, JSON lines, end in
