@@ -1,7 +1,8 @@
 """Driver of the kill test: quantize in child processes, kill -9 them at random moments, resume, compare every bit.
 
-Usage: kill_and_resume.py FOLDER CASE TRIALS. Exits with 0 when every trial ended with the uninterrupted run's bits;
-prints how many kills hit a run that had committed something and was not finished.
+Usage: kill_and_resume.py FOLDER CASE TRIALS KILLS. So many trials, and more (at most four times as many) until so many
+kills hit a run that had committed something and was not finished: how many there were is printed. Exits with 0 when
+every trial ended with the uninterrupted run's bits.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def killed(pid: int, work: Path, pause: float) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def main(folder: Path, case: str, trials: int) -> int:
+def main(folder: Path, case: str, trials: int, kills: int) -> int:
     random.seed(0)
     useful = 0
     base = folder / "base.safetensors"
@@ -89,7 +90,9 @@ def main(folder: Path, case: str, trials: int) -> int:
         return 1
     pause = (time.monotonic() - started) / commits(folder / "work")
     expected = load_file(base)
-    for trial in range(trials):
+    for trial in range(4 * trials):
+        if trial >= trials and useful >= kills:
+            break
         work, out = folder / f"work-{trial}", folder / f"out-{trial}.safetensors"
         status = -1
         for _ in range(4):
@@ -112,4 +115,4 @@ def main(folder: Path, case: str, trials: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

@@ -35,7 +35,7 @@ ENVIRONMENT = {
 @pytest.mark.parametrize("case", kill_and_resume.CASES)
 def test_killed_runs_resume_to_the_same_bits(case: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(HERE / "kill_and_resume.py"), str(tmp_path), case, "3"],
+        [sys.executable, str(HERE / "kill_and_resume.py"), str(tmp_path), case, "3", "4"],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

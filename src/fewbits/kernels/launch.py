@@ -275,13 +275,11 @@ def _generation() -> int:
 
 @functools.cache
 def _gluon(name: str, least: int, most: int = 99) -> Any:
-    """A module of kernels in Gluon on GPUs of these generations, where this Triton has what it needs; else None."""
-    if INTERPRETED or not least <= _generation() <= most:
+    """A module of kernels in Gluon on GPUs of these generations, with Triton 3.6 or later; else None."""
+    known = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+    if INTERPRETED or not known or not least <= _generation() <= most:
         return None
-    try:
-        return importlib.import_module(f"fewbits.kernels.{name}")
-    except ImportError:  # a Triton before 3.6
-        return None
+    return importlib.import_module(f"fewbits.kernels.{name}")
 
 
 # -- the GPU at hand ------------------------------------------------------------------------------------------------
