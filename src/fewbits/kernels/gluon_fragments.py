@@ -19,6 +19,8 @@ from fewbits.kernels.triton_fragments import _issued, _times
 from fewbits.kernels.triton_operands import levels_of, load_words, operands
 
 PLAIN = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+#: Inputs of a row that shared memory holds beside other programs' rows.
+LONGEST = 1 << 15
 
 
 def configs(chunks: int, early: bool) -> list[triton.Config]:

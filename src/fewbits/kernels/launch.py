@@ -137,7 +137,7 @@ def fragment_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
     if rows == 1 and outputs % fragments.OUTPUTS == 0 and (kernels := _gluon("gluon_fragments", 8)) is not None:
         configs = kernels.configs(chunks, _generation() >= 9)
-        if configs:
+        if configs and inputs <= kernels.LONGEST:
 
             def run_with(words: Tensor) -> Callable[[Any], Tensor]:
                 return functools.partial(_row, kernels, x, weight._replace(words=words), held, constants, chunks)
