@@ -33,7 +33,7 @@ def stored(folder: Path) -> tuple[set[str], set[str]]:
 
 
 def chosen(config: dict[str, Any]) -> Any:
-    """A function from a layer's name to the name of the scheme, None for floating point."""
+    """vLLM's answer to a layer's name: the name of the scheme or method, None for floating point."""
     if config["quant_method"] == "compressed-tensors":
         from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
             CompressedTensorsConfig,
@@ -48,16 +48,26 @@ def chosen(config: dict[str, Any]) -> Any:
             return None if found is None else type(found).__name__
 
         return scheme
+    from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.model_executor.layers.quantization.utils.gptq_utils import get_linear_quant_method
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     made = get_quantization_config(config["quant_method"]).from_config(config)
-    left_out = list(config.get("modules_to_not_convert") or [])
-    left_out += [key[3:-1].replace("\\", "") for key in getattr(made, "dynamic", {}) if key.startswith("-:")]
 
-    def by_name(layer: str) -> str | None:
-        return None if layer in left_out else f"{type(made).__name__} {config['bits']} bits"
+    def method(layer: str) -> str | None:
+        kind = ParallelLMHead if layer == "lm_head" else LinearBase
+        module = kind.__new__(kind)  # what it is, without the weights that a GPU would hold
+        torch.nn.Module.__init__(module)
+        if config["quant_method"] == "gptq":  # the method itself asks the GPU: what it would be made of instead
+            found = get_linear_quant_method(made, module, layer, lambda of: f"{of.weight_bits} bits, {of.group_size}")
+        else:
+            found = made.get_quant_method(module, layer)
+        if found is None or "Unquantized" in type(found).__name__:
+            return None
+        return found if isinstance(found, str) else type(found).__name__
 
-    return by_name
+    return method
 
 
 def main() -> int:

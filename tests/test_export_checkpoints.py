@@ -464,7 +464,7 @@ def test_gguf_runs_in_llama_cpp(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="llama.cpp is not installed (the extra `llama`)")
     _, entries = exported("gguf", GGUF[kind][0](), tmp_path)
     assert entries[-1]["runtime"].startswith("llama.cpp")
-    assert entries[-1]["difference"] <= 0.03 * entries[-1]["scale"]
+    assert 0 < entries[-1]["difference"] <= 0.03 * entries[-1]["scale"]
 
 
 @pytest.mark.parametrize("kind", GGUF)

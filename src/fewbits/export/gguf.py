@@ -17,6 +17,7 @@ Source: the gguf package (names, writer, reader) and llama.cpp's `ggml-common.h`
 
 from __future__ import annotations
 
+import contextlib
 import json
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -152,7 +153,7 @@ class Export(Target):
 
 @torch.no_grad()
 def _in_llama_cpp(path: Path, model: Any, batches: list[Any]) -> dict[str, Any]:
-    """The entry of `check` for llama.cpp itself, on the CPU."""
+    """The entry of `check` for llama.cpp itself, on the CPU: the rows of the batches one by one, without masks."""
     import llama_cpp
 
     calls = [as_call(batch) for batch in batches]
@@ -161,11 +162,12 @@ def _in_llama_cpp(path: Path, model: Any, batches: list[Any]) -> dict[str, Any]:
         str(path), n_ctx=max(map(len, ids)), n_gpu_layers=0, seed=0, logits_all=True, verbose=False
     )
     expected, found = [], []
-    for row in ids:
-        runner.reset()
-        runner.eval(row.tolist())
-        found.append(torch.from_numpy(runner.scores[: len(row)].copy())[None])
-        expected.append(answer(model(input_ids=row[None].to(model.device))))
+    with contextlib.closing(runner):
+        for row in ids:
+            runner.reset()
+            runner.eval(row.tolist())
+            found.append(torch.from_numpy(runner.scores[: len(row)].copy())[None])
+            expected.append(answer(model(input_ids=row[None].to(model.device))))
     entry = compared(f"llama.cpp (llama-cpp-python {llama_cpp.__version__})", expected, found)
     insist(entry, LLAMA_TOLERANCE)
     return entry

@@ -54,7 +54,7 @@ def _asked(
     words, scale, zero, chunk, lane, output, outputs,
     BITS: gl.constexpr, TABLE: gl.constexpr, GROUP: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
-    """A lane's words of a chunk and, of two outputs, scales and twice the zero points."""
+    """A lane's words of a chunk and, of two outputs, scales and zero points, which tables do not have."""
     words += chunk * (UNROLL * BITS * 32)
     w = load_words(words, lane, BITS, False)
     v = w

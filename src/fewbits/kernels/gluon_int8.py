@@ -8,6 +8,7 @@ stay and take tile after tile, so that copies go on while results are stored.
 from __future__ import annotations
 
 import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -106,6 +107,6 @@ def matrix_kernel(
     )  # fmt: skip
 
 
-def described(matrix: object, rows: int) -> TensorDescriptor:
+def described(matrix: Tensor, rows: int) -> TensorDescriptor:
     """An int8 matrix in tiles of so many rows."""
     return TensorDescriptor.from_tensor(matrix, [rows, DEPTH], LAYOUT)
