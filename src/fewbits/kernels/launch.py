@@ -267,6 +267,9 @@ def int8_matmul(a: Int8Matrix, b: Int8Matrix, bias: Tensor | None, dtype: torch.
     return tuned(("int8", small, n, k, dtype, device.index, specialized is None, *constants.items()), configs, run)
 
 
+# -- the GPU at hand ------------------------------------------------------------------------------------------------
+
+
 @functools.cache
 def _generation() -> int:
     """The major number of the GPU's compute capability."""
@@ -280,9 +283,6 @@ def _gluon(name: str, least: int, most: int = 99) -> Any:
     if INTERPRETED or not known or not least <= _generation() <= most:
         return None
     return importlib.import_module(f"fewbits.kernels.{name}")
-
-
-# -- the GPU at hand ------------------------------------------------------------------------------------------------
 
 
 @functools.cache
