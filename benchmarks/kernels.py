@@ -2,13 +2,14 @@
 
 Each line is checked against float64 before it is timed, on weights that rotate so that none is found in the L2 cache,
 under CUDA graphs, medians. Limits are measured in the same run: a copy for what is bound by memory, a bf16 product for
-what is bound by arithmetic. A target that is missed is printed as a miss.
+what is bound by arithmetic, in turns with what it is compared with. A target that is missed is printed as a miss.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -29,6 +30,7 @@ from fewbits.packed.forms import LAID_OUT
 from fewbits.packed.weight import KernelWeight
 
 SIZE, GROUP, ROTATION = 8192, 128, 8
+LAPS = 4  # of the rotating weights in a graph: its start counts little then, as in a model's
 LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # of a LLaMA-8B block: qkv, o, gate and up, down
 BLOCKS = 32
 #: Other packages, bits and rows of their lines.
@@ -38,18 +40,33 @@ PACKAGED = (
 )
 
 
-def graph_time(runs: list[Callable[[], Any]], repeats: int = 30) -> float:
-    """Median microseconds of one of `runs`, all of which are captured one after another in one graph."""
+def graph_time(runs: list[Callable[[], Any]], laps: int = LAPS) -> float:
+    """Median microseconds of one of `runs`, all of which are captured one after another in one graph, `laps` times."""
+    graph = captured(runs * laps)
+    return 1e3 * milliseconds(graph.replay, torch.device("cuda"), 0.0, 30) / (len(runs) * laps)
+
+
+def in_turns(*runs: Callable[[], Any], rounds: int = 15) -> list[float]:
+    """Median microseconds of each of `runs`, a graph each. They take turns: a GPU that is warm is slower, and gets warm
+    by some more than by others."""
+    graphs, device = [captured([run]) for run in runs], torch.device("cuda")
+    times = [[milliseconds(graph.replay, device, 0.0, 3) for graph in graphs] for _ in range(rounds)]
+    return [1e3 * statistics.median(taken) for taken in zip(*times, strict=True)]
+
+
+def captured(runs: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """These calls in a CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for run in runs * 2:
+        for run in dict.fromkeys(runs):
+            run()
             run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for run in runs:
             run()
-    return 1e3 * milliseconds(graph.replay, torch.device("cuda"), 0.0, repeats) / len(runs)
+    return graph
 
 
 def weight(bits: int, outputs: int, inputs: int, *, table: bool = False, sparse: float = 0.0) -> PackedWeight:
@@ -111,7 +128,6 @@ def int8_product(flops: float) -> list[dict[str, Any]]:
     """8192^3 with 8-bit activations against bf16: quantizing the rows is part of it."""
     n = SIZE
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    plain = graph_time([lambda: a @ b.t()])
     codes = torch.randint(-127, 128, (n, n), dtype=torch.int8, device="cuda")
     ones, zeros = torch.rand(n, device="cuda"), torch.zeros(n, device="cuda")
     sums = codes.sum(-1, dtype=torch.int32)
@@ -125,12 +141,15 @@ def int8_product(flops: float) -> list[dict[str, Any]]:
     expected = (rows[0].double() * rows[1].double()[:, None]) @ (codes.double() * ones.double()[:, None]).T
     if not float((run(few).double() - expected).norm() / expected.norm()) < 4e-3:
         raise AssertionError("wrong int8 product")
-    took = graph_time([run])
-    other = graph_time([lambda: torch._int_mm(codes, codes.t())])
     limit = 2 * n**3 / (2 * flops) * 1e6  # twice the bf16 rate
     eight = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
     one = torch.ones((), device="cuda")
-    fp8 = graph_time([lambda: torch._scaled_mm(*eight, one, one, out_dtype=torch.bfloat16)])
+    plain, took, other, fp8 = in_turns(
+        lambda: a @ b.t(),
+        run,
+        lambda: torch._int_mm(codes, codes.t()),
+        lambda: torch._scaled_mm(*eight, one, one, out_dtype=torch.bfloat16),
+    )
     return [
         line("bf16 8192^3", plain, 2 * n**3 / flops * 1e6, None, "", ratio=1.0),
         line("W8A8 int8 8192^3, rows quantized", took, limit, 1.6, "times bf16", ratio=plain / took),
@@ -146,13 +165,13 @@ def decoding(copy: float) -> list[dict[str, Any]]:
     right(inputs[LAYERS[0][1]], packed[0])
     shapes = [shape for _ in range(BLOCKS) for shape in LAYERS]
     runs = [lambda g=g, x=inputs[k]: ops.run_fragment_matmul(x, g) for g, (_, k) in zip(packed, shapes, strict=True)]
-    ours = graph_time(runs) * len(runs)
+    ours = graph_time(runs, 1) * len(runs)
     read = sum(size_of(given) for given in packed)
     del packed, runs
     dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for n, k in shapes]
     wide = {k: x.to(torch.bfloat16) for k, x in inputs.items()}
     plain_runs = [lambda w=w, x=wide[w.shape[1]]: x @ w.t() for w in dense]
-    plain = graph_time(plain_runs) * len(dense)
+    plain = graph_time(plain_runs, 1) * len(dense)
     whole = sum(w.nbytes for w in dense)
     return [
         line("LLaMA-8B linears, bf16, a token", plain, whole / copy * 1e6, None, "", ratio=1.0),

@@ -76,11 +76,11 @@ def int8_of_warp_groups(config: triton.Config) -> Any:
 def row(bits: int, config: triton.Config, *, table: bool, unroll: int) -> Any:
     from fewbits.kernels import gluon_fragments
 
-    warps, steps = config.num_warps, 8
+    warps, steps = config.num_warps, 2 * config.kwargs["AHEAD"]
     constants = {
         "BITS": bits, "TABLE": table, "BFLOAT": bits == 3, "GROUP": 1, "UNROLL": unroll, "WARPS": warps, "STEPS": steps,
-        "EARLY": config.kwargs["NEXT"] != "after", **config.kwargs, **gluon_fragments.layouts(warps, unroll),
-        "PLAIN": gluon_fragments.PLAIN, "ROOM": steps * warps * unroll * 8,
+        "CHUNKS": steps * warps - (bits == 3), "EARLY": config.kwargs["NEXT"] != "after", **config.kwargs,
+        **gluon_fragments.layouts(warps, unroll), "PLAIN": gluon_fragments.PLAIN, "ROOM": steps * warps,
     }  # fmt: skip
     types = {**POINTERS, "x": "*i32", "out": "*fp16"}
     return compiled_gluon(gluon_fragments.row_kernel, types, constants, warps)
@@ -118,12 +118,13 @@ def main() -> None:
             assert "convert_layout" not in loop, "an operand is not in the lane that decodes it"
             decoded = {**POINTERS, "out": "*fp16"}
             compiled(triton_fragments.decode_kernel, decoded, {**step, "WARPS": 8}, 8, ones="chunks")
-    six = gluon_fragments.configs(64, early=True)
-    kinds = [(2, False, 2), (3, True, 2), (4, False, 1), (4, True, 1), (3, False, 2), (4, False, 2)]
-    for (bits, levels, unroll), config in zip(kinds, six, strict=True):
+    every = gluon_fragments.configs(64, 2, early=True, shared=227 * 1024)
+    kinds = [(2, False, 2), (3, True, 2), (4, False, 1), (4, True, 1), (3, False, 2), (4, False, 2), (2, True, 2)]
+    for (bits, levels, unroll), config in zip([*kinds, (4, False, 2)], every, strict=True):
         made = row(bits, config, table=levels, unroll=unroll)
-        # in the loop and behind it, as many chunks as are on their way, of four products for 64 inputs
-        assert count(made, "HMMA") == 2 * config.kwargs["AHEAD"] * 4 * unroll
+        # in the loop and behind it, as many chunks as are on their way, of four products for 64 inputs, and on a grid
+        # one of the activations with ones
+        assert count(made, "HMMA") == 2 * config.kwargs["AHEAD"] * (4 * unroll + (not levels))
         assert count(made, "LDS") < 2 * count(made, "HMMA"), "activations are not read sixteen bytes at once"
     for table in (False, True):
         matrix = {"BITS": 3, "TABLE": table, "BLOCK_M": 64, "BLOCK_N": 128, "RUNS": 2}

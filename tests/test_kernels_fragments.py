@@ -146,6 +146,16 @@ def test_whatever_is_timed_for_a_shape_makes_all_outputs(monkeypatch: pytest.Mon
         assert (layer(x.to(DEVICE)).cpu().double() - expected).norm() <= HALF * expected.norm()
 
 
+def test_few_chunks_of_a_row_are_read_in_vain_and_it_fits_shared_memory() -> None:
+    gluon_fragments = pytest.importorskip("fewbits.kernels.gluon_fragments", exc_type=ImportError)
+    for chunks in range(1, 300):
+        for config in gluon_fragments.configs(chunks, 2, early=True, shared=227 * 1024):
+            shape = (chunks, config.num_warps, config.kwargs["AHEAD"])
+            assert chunks <= gluon_fragments.covered(*shape) <= chunks + max(15, chunks // 4)
+            assert 384 * gluon_fragments.room(*shape) <= 227 * 1024
+    assert not gluon_fragments.configs(512, 2, early=True, shared=99 * 1024)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="Gluon has no interpreter")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("extras", [False, True])
@@ -157,13 +167,13 @@ def test_one_row_in_graphs_however_far_is_read_ahead(
     """In a graph a product begins before its row is there, which the kernel before it makes of what it is given."""
     from fewbits.kernels import gluon_fragments, tuning
 
-    for inputs, group in ((4096, 128), (4096, 64)):
+    for inputs, group, some in ((4096, 128, {2, 4, 8}), (4096, 64, {8}), (7168, 128, {7}), (1152, 128, {4})):
         weight = kernel_weight(bits, 48, inputs, group, table, extras)
         layer, exact = FragmentLinear(weight, None).to(DEVICE), dense(weight).to(DEVICE)
         chunks = inputs // (128 if table or group == 128 else 64)
-        configs = gluon_fragments.configs(chunks, early=True)
-        assert len(configs) == 6
-        for config in configs:
+        configs = gluon_fragments.configs(chunks, inputs // (64 * chunks), early=True, shared=227 * 1024)
+        assert some <= {config.kwargs["AHEAD"] for config in configs}
+        for config in (config for config in configs if config.kwargs["AHEAD"] in some):
             monkeypatch.setattr(tuning, "_chosen", {})
             monkeypatch.setattr(gluon_fragments, "configs", lambda *shape, config=config: [config])
             given, graph = torch.zeros(1, inputs, device=DEVICE, dtype=dtype), torch.cuda.CUDAGraph()

@@ -135,15 +135,15 @@ def fragment_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
         return F.linear(x, dense, None if beside.bias is None else beside.bias.to(x.dtype))
     if x.stride(-1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    if rows == 1 and outputs % fragments.OUTPUTS == 0 and (kernels := _gluon("gluon_fragments", 8)) is not None:
-        configs = kernels.configs(chunks, _generation() >= 9)
-        if configs and inputs <= kernels.LONGEST:
+    kernels = _gluon("gluon_fragments", 8) if rows == 1 and outputs % fragments.OUTPUTS == 0 else None
+    configs = kernels and kernels.configs(chunks, unroll, _generation() >= 9, _shared_memory(x.device))
+    if configs:
 
-            def run_with(words: Tensor) -> Callable[[Any], Tensor]:
-                return functools.partial(_row, kernels, x, weight._replace(words=words), held, constants, chunks)
+        def run_with(words: Tensor) -> Callable[[Any], Tensor]:
+            return functools.partial(_row, kernels, x, weight._replace(words=words), held, constants, chunks)
 
-            kind = ("row", *key, *(given is None for given in beside))
-            return tuned(kind, configs, run_with(words), lambda: [run_with(copy) for copy in copies(words)])
+        kind = ("row", *key, *(given is None for given in beside))
+        return tuned(kind, configs, run_with(words), lambda: [run_with(copy) for copy in copies(words)])
     downs = triton.cdiv(rows, 8)
 
     def run(config: Any) -> Tensor:
@@ -171,13 +171,14 @@ def _row(
     warps, unroll, outputs = config.num_warps, constants["UNROLL"], weight.outputs
     plain = weight.beside.empty
     partial = x.new_empty(1, outputs) if plain else _workspace(1, 1, outputs, x.device)
+    shape = (chunks, warps, config.kwargs["AHEAD"])
     # in a graph the kernel before this one writes activations, never weights
     early = config.kwargs["NEXT"] != "after" and torch.cuda.is_current_stream_capturing()
     kernels.row_kernel[(len(weight.words),)](
         x.view(torch.int32), weight.words, *held, partial, outputs, triton_fragments.MAGIC[constants["BFLOAT"]],
         **{name: value for name, value in constants.items() if name != "EMULATED"}, **config.kwargs, EARLY=early,
-        WARPS=warps, STEPS=chunks // warps, **kernels.layouts(warps, unroll), PLAIN=kernels.PLAIN,
-        ROOM=triton.next_power_of_2(chunks * unroll * 8), num_warps=warps, **({"launch_pdl": True} if early else {}),
+        CHUNKS=chunks, WARPS=warps, STEPS=kernels.covered(*shape) // warps, **kernels.layouts(warps, unroll),
+        PLAIN=kernels.PLAIN, ROOM=kernels.room(*shape), num_warps=warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return partial if plain else _finished(partial, x, weight.beside)
 
@@ -288,6 +289,12 @@ def _gluon(name: str, least: int, most: int = 99) -> Any:
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have."""
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def _splits(blocks_down: int, outputs: int, runs: int, device: torch.device) -> tuple[int, int]:

@@ -243,3 +243,61 @@ def operands(
             _operand(w, magic, zeros[0], 4 * m + 2, BITS, BFLOAT, EMULATED),
             _operand(w, magic, zeros[1], 4 * m + 3, BITS, BFLOAT, EMULATED),
         )
+
+
+@triton.constexpr_function
+def shift(m: int, h: int, bits: int, bfloat: bool) -> int:
+    """By how many bits codes of step m and output g + 8 h stay shifted in `raw_operands`; it depends on m % 2 alone.
+
+    One number an output and parity of steps, so that what they add up to can be scaled; as many bits as leave the
+    fewest shifts to do, in a mantissa of 10 bits or, in bfloat16, 7 beside the 1 in front.
+    """
+    if bfloat:
+        return 2 * h if bits == 2 else 0
+    if bits == 4:
+        return 4 * h
+    if bits == 3:
+        return 3 * h if m % 2 == 0 else 3 - 3 * h
+    return 2 * h if m % 2 == 0 else 8 - 2 * h
+
+
+@triton.constexpr_function
+def unit(h: int, bits: int, bfloat: bool) -> float:
+    """What a code's unit is of a sum over the even steps of `raw_operands`, for output g + 8 h."""
+    return 2.0 ** ((0 if bfloat else 24) - shift(0, h, bits, bfloat))
+
+
+@triton.constexpr_function
+def odd(h: int, bits: int, bfloat: bool) -> float:
+    """A sum over the odd steps in the unit of the even ones."""
+    return 2.0 ** (shift(0, h, bits, bfloat) - shift(1, h, bits, bfloat))
+
+
+@triton.jit
+def _raw_pair(w, magic, P: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.constexpr):
+    """Pair P of a lane's codes, shifted left by S, as the lower bits of two numbers."""
+    N: tl.constexpr = P // (16 // BITS)
+    if N == BITS:  # the pair left over at 3 bits
+        value = ((w[0] >> 15) & 0x10001) | ((w[1] >> 14) & 0x20002) | ((w[2] >> 13) & 0x40004)
+    else:
+        DOWN: tl.constexpr = P % (16 // BITS) * BITS - S
+        value = (w[N] >> DOWN) & (((1 << BITS) - 1) * 0x10001 << S)
+    if BFLOAT:
+        value = value | magic.to(tl.uint32)
+    return value.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def raw_operands(w, m: tl.constexpr, magic, BITS: tl.constexpr, BFLOAT: tl.constexpr):
+    """The four registers of weights of step m as in `operands`, but without zero point and in units of their own.
+
+    float16: the number of bits b is 2^-24 b where it is below 1024, and matrix units take such numbers as they are. So
+    a masked code is a number, 2^(shift - 24) times the code. bfloat16's are too small to be multiplied; with the bits
+    of 128 above it, a code is 128 + 2^shift times the code.
+    """
+    LOWER: tl.constexpr = shift(m, 0, BITS, BFLOAT)
+    UPPER: tl.constexpr = shift(m, 1, BITS, BFLOAT)
+    return (
+        _raw_pair(w, magic, 4 * m, LOWER, BITS, BFLOAT), _raw_pair(w, magic, 4 * m + 1, UPPER, BITS, BFLOAT),
+        _raw_pair(w, magic, 4 * m + 2, LOWER, BITS, BFLOAT), _raw_pair(w, magic, 4 * m + 3, UPPER, BITS, BFLOAT),
+    )  # fmt: skip

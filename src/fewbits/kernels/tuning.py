@@ -22,6 +22,8 @@ INTERPRETED = bool(getattr(triton.knobs.runtime, "interpret", False))
 #: Bytes read before each timed call: more than any cache holds. What is written instead goes out to memory while the
 #: kernel reads, and slows some configurations more than others.
 FLUSH = 1 << 28
+#: Of a kernel that may begin early, in a graph, of which the first ones tell little.
+LAUNCHES = 24
 #: How often each configuration is timed.
 ROUNDS = 7
 _chosen: dict[tuple[Any, ...], Any] = {}
@@ -60,6 +62,7 @@ def _fastest(
         turns = [lambda _: cache.sum(), run] * 5
     else:
         turns = list(others())
+        turns *= -(-LAUNCHES // len(turns))
     graphs: list[tuple[int, torch.cuda.CUDAGraph]] = []
     for place, config in enumerate(configs):
         try:
