@@ -403,6 +403,28 @@ def test_zero_points_at_code_zero_choose_the_second_form(tmp_path: Path) -> None
         load_target("gptq").write(made, tmp_path, dtype="float32")
 
 
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"sym": "true"}, None),
+        ({"sym": "true", "sites": "*.o_proj.weight:3"}, "3 bits"),
+        (
+            {"sym": "true", "sites": "*.q_proj.weight:8"},
+            "model.layers.0.self_attn.qkv_proj, in which layers differ",
+        ),
+        ({"sym": "true", "act_order": "true"}, "groups in the order of activations (act_order)"),
+        ({}, "zero points"),
+    ],
+)
+def test_gptq_says_what_vllm_refuses(options: dict[str, str], refused: str | None, tmp_path: Path) -> None:
+    """vLLM 0.32's words for these: "Unsupported quantization config: bits=4, sym=False", "desc_act=True is no longer
+    supported".
+    """
+    pytest.importorskip("compressed_tensors")
+    made = subject("llama", "gptq", "W4A16g32", **options)
+    assert load_target("gptq").write(made, tmp_path)["vllm_refuses"] == refused
+
+
 def test_gptq_lists_layers_that_differ(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     sites = "*.q_proj.weight:8,*.v_proj.weight:float"
@@ -414,6 +436,27 @@ def test_gptq_lists_layers_that_differ(tmp_path: Path) -> None:
         r"-:^model\.layers\.0\.self_attn\.v_proj$": {},
         r"-:^lm_head$": {},
     }
+
+
+@pytest.mark.parametrize(
+    ("parts", "bits", "rule", "said"),
+    [
+        (
+            ("q", "k", "v"),
+            "8",
+            r"+:^model\.layers\.0\.self_attn\.qkv_proj$",
+            {"bits": 8, "group_size": 32, "sym": True},
+        ),
+        (("gate", "up"), "float", r"-:^model\.layers\.0\.mlp\.gate_up_proj$", {}),
+    ],
+)
+def test_gptq_names_alike_what_vllm_runs_as_one(
+    parts: tuple[str, ...], bits: str, rule: str, said: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    sites = ",".join(f"*.{part}_proj.weight:{bits}" for part in parts)
+    facts = load_target("gptq").write(subject("llama", "gptq", "W4A16g32", sym="true", sites=sites), tmp_path)
+    assert facts["dynamic"][rule] == said and facts["vllm_refuses"] is None
 
 
 @pytest.mark.parametrize("sym", ["false", "true"])

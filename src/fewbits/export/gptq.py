@@ -5,11 +5,12 @@ qzeros: int32 [groups, out * bits / 32], zero points packed the same way along t
 format ("gptq") they are stored less one, in the second ("gptq_v2") as they are. scales: float16 [groups, out]. g_idx:
 int32 [in], each column's group, which holds the groups of columns that were quantized in the order of activations.
 Layers that differ in bits or groups, and linear modules left in floating point, are listed under `dynamic`, which vLLM
-and GPTQModel read.
+and GPTQModel read. Of all this, vLLM (0.32, 0.33) takes symmetric weights of 4 and 8 bits that are not in the order of
+activations, and refuses the rest when it reads the configuration; `write` says so.
 
 The simulation computes with float32 scales; their rounding to float16 (at most 2^-11 of each) is measured and reported.
 
-Source: the released code of AutoGPTQ and GPTQModel, vLLM's `quantization/gptq.py`.
+Source: the released code of AutoGPTQ and GPTQModel, vLLM's `quantization/gptq.py`, later `auto_gptq.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ from fewbits.export.transformers_folder import check_dense, write_folder
 from fewbits.kernels.words import pack_words
 
 FORMATS = ("gptq", "gptq_v2")
+#: Linear modules that vLLM runs as one, by the name that it looks up for them.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+#: Bits, group size, and whether symmetric.
+Form = tuple[int, int, bool]
 
 
 class Export(Target):
@@ -70,15 +75,41 @@ class Export(Target):
             worst = max(worst, change)
         config = _config(subject, checkpoint_format)
         write_folder(subject, folder, replaced, config, kept)
-        return {"layers": len(subject.layers), "dtype": dtype, "scale_change": worst, **config}
+        facts = {"layers": len(subject.layers), "dtype": dtype, "scale_change": worst}
+        return {**facts, "vllm_refuses": _refused(subject), **config}
 
     def check(self, subject: Subject, folder: Path) -> list[dict[str, Any]]:
         return check_dense(subject, folder, _decode, "compressed-tensors", "unpacking")
 
 
-def _form(layer: Layer) -> tuple[int, int, bool]:
+def _form(layer: Layer) -> Form:
     """(bits, columns a group or -1, whether every zero point lies in the middle)."""
     return layer.uniform.bits, group_of(layer), layer.uniform.zero_point in ("none", "middle")
+
+
+def _fused(forms: dict[str, Form | None]) -> dict[str, set[Form | None]]:
+    """The forms of the linear modules that vLLM runs as one, by the name that it then looks up."""
+    return {
+        f"{name.removesuffix(parts[0])}{fused}": {forms.get(name.removesuffix(parts[0]) + part) for part in parts}
+        for name in forms
+        for fused, parts in FUSED.items()
+        if name.rpartition(".")[2] == parts[0]
+    }
+
+
+def _refused(subject: Subject) -> str | None:
+    """What vLLM refuses in this model; None where it takes it."""
+    mixed = [name for name, forms in _fused(_forms(subject)).items() if len(forms) > 1]
+    found = {f"{name}, in which layers differ" for name in mixed}
+    for layer in subject.layers:
+        bits, _, symmetric = _form(layer)
+        if bits not in (4, 8):
+            found.add(f"{bits} bits")
+        if not symmetric:
+            found.add("zero points")
+        if layer.group_index is not None:
+            found.add("groups in the order of activations (act_order)")
+    return ", ".join(sorted(found)) or None
 
 
 def _tensors(layer: Layer, checkpoint_format: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
@@ -104,15 +135,22 @@ def _tensors(layer: Layer, checkpoint_format: str, dtype: torch.dtype) -> tuple[
     }, change
 
 
+def _forms(subject: Subject) -> dict[str, Form | None]:
+    """The form of every linear module; None of one in floating point."""
+    found: dict[str, Form | None] = dict.fromkeys(linears(subject.loaded.model))
+    return found | {layer.module: _form(layer) for layer in subject.layers}
+
+
 def _config(subject: Subject, checkpoint_format: str) -> dict[str, Any]:
-    forms = {layer.module: _form(layer) for layer in subject.layers}
-    common = Counter(forms.values()).most_common(1)[0][0]
+    forms = _forms(subject)
+    common = Counter(form for form in forms.values() if form is not None).most_common(1)[0][0]
+    alike = {name: next(iter(of)) for name, of in _fused(forms).items() if len(of) == 1}
     dynamic: dict[str, dict[str, Any]] = {
         f"+:^{re.escape(name)}$": dict(zip(("bits", "group_size", "sym"), form, strict=True))
-        for name, form in forms.items()
-        if form != common
+        for name, form in (forms | alike).items()
+        if form not in (common, None)
     }
-    dynamic |= {f"-:^{re.escape(name)}$": {} for name in linears(subject.loaded.model) if name not in forms}
+    dynamic |= {f"-:^{re.escape(name)}$": {} for name, form in (forms | alike).items() if form is None}
     bits, group, symmetric = common
     return {
         "quant_method": "gptq",
@@ -122,7 +160,7 @@ def _config(subject: Subject, checkpoint_format: str) -> dict[str, Any]:
         "desc_act": any(layer.group_index is not None for layer in subject.layers),
         "static_groups": False,
         "true_sequential": False,
-        "lm_head": "lm_head" in forms,
+        "lm_head": forms.get("lm_head") is not None,
         "checkpoint_format": checkpoint_format,
         "pack_dtype": "int32",
         "dynamic": dynamic,
