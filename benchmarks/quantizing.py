@@ -6,7 +6,8 @@ One JSON line per run: seconds for each unit and in all, peak memory of the devi
 only time and memory mean anything. Activations between layers lie in host memory for GPTQ, which has a target for
 memory too, and on the device for AWQ, which has one for time alone (`--activations`, in gigabytes). `--layers 8` builds
 fewer of the 32 layers; the line then also says what 32 would take at the median layer's time. `--scale 64` divides all
-widths, for a try on a CPU. The targets and the figures of other tools are printed beside ours.
+widths, for a try on a CPU. `--arithmetic` is what BRECQ's blocks run in while they are learned. The targets and the
+figures of other tools are printed beside ours.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def run_llama(
     }
 
 
-def run_resnet(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def run_resnet(arithmetic: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     import timm
 
     torch.manual_seed(0)
@@ -132,12 +133,14 @@ def run_resnet(options: argparse.Namespace, device: torch.device) -> dict[str, A
     watch = Stopwatch(device)
     started = time.perf_counter()
     result = fewbits.quantize(
-        model, "brecq", list(images.split(32)), bits="W4A16", options={"iters_w": options.iterations}, device=device,
-        progress=watch,
+        model, "brecq", list(images.split(32)), bits="W4A16", device=device, progress=watch,
+        options={"iters_w": options.iterations, "arithmetic": arithmetic},
     )  # fmt: skip
     return {
-        "run": f"brecq W4A16, ResNet-18 at {size} pixels, {options.iterations} steps a block, {options.images} images",
+        "run": f"brecq W4A16, ResNet-18 at {size} pixels, {options.iterations} steps a block, {options.images} images, "
+        f"{arithmetic}",
         "recipe": "brecq",
+        "arithmetic": arithmetic,
         "scale": options.scale,
         "iterations": options.iterations,
         "seconds": round(time.perf_counter() - started, 2),
@@ -159,18 +162,26 @@ def main() -> None:
     parser.add_argument("--activations", type=float, help="gigabytes of them that may lie on the device")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--iterations", type=int, default=20_000)
+    parser.add_argument(
+        "--arithmetic", nargs="*", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"],
+        help="what brecq runs in, once each",
+    )  # fmt: skip
     options = parser.parse_args()
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as weights:
         for name in options.only:
-            measure(name, options, device, Path(weights))
+            for arithmetic in options.arithmetic if name == "brecq" else [None]:
+                measure(name, arithmetic, options, device, Path(weights))
 
 
-def measure(name: str, options: argparse.Namespace, device: torch.device, weights: Path) -> None:
-    """One run, its row and what it is compared with. weights: where the LLaMA shape's are, or will be."""
+def measure(
+    name: str, arithmetic: str | None, options: argparse.Namespace, device: torch.device, weights: Path
+) -> None:
+    """One run, its row and what it is compared with. arithmetic: of brecq. weights: where the LLaMA shape's are, or
+    will be."""
     print(f"{name}:", flush=True)
-    if name == "brecq":
-        row = run_resnet(options, device)
+    if arithmetic is not None:
+        row = run_resnet(arithmetic, options, device)
     else:
         row = run_llama(name, "W4A16g128", options, device, weights)
     row |= {"machine": machine(options.device), "torch": torch.__version__}

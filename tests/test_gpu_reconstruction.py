@@ -11,9 +11,19 @@ from torch import Tensor, nn
 
 from engine_models import images, skipnet
 from fewbits import quantize
-from fewbits.reconstruction import Group, RandomMasks, Steady, minimise, mixed, recorded, without_replacement
+from fewbits.reconstruction import (
+    Group,
+    RandomMasks,
+    Steady,
+    minimise,
+    mixed,
+    power_loss,
+    recorded,
+    without_replacement,
+)
 from fewbits.reconstruction.recorded import WARM, RecordedSteps
 from fewbits.steps.reconstruct import device
+from fewbits.steps.reconstruct.arithmetic import gradient_scale, magnified, running
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -164,6 +174,11 @@ RECIPES = {
     "brecq fisher": ("W3A16", {"iters_w": 30, "opt_mode": "fisher_diag"}),
     "qdrop": ("W3A4", {"iters": 30}),
 }
+RECIPES |= {
+    f"{name} {kind}": (bits, {**options, "arithmetic": kind})
+    for name, (bits, options) in RECIPES.items()
+    for kind in ("bfloat16", "float16")
+}
 
 
 def outcome(name: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -193,10 +208,58 @@ def test_a_recipe_gives_the_same_bits(name: str, runs: list[RecordedSteps], one_
     assert_equal(recorded_values, values)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "adaround"])
+@pytest.mark.parametrize("name", [name for name in RECIPES if "adaround" not in name])
 def test_data_that_does_not_fit_on_the_device_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = outcome(name)
     monkeypatch.setattr(device, "fits", lambda unit, streams: False)
     values, notes = outcome(name)
     assert notes and all("samples lie on cpu" in note for note in notes)
     assert_equal(expected, values)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_squared_error_in_16_bits_is_that_of_the_formula(kind: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape, scale = (8, 16, 32, 32), 2.0**7
+    prediction, target = (
+        torch.randn(shape, device="cuda", generator=generator).to(kind, memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    found, expected = prediction.clone().requires_grad_(), prediction.double().requires_grad_()
+    loss = power_loss(found, target, channel_axis=1)
+    exact = (expected - target.double()).square().sum(1).mean()
+    assert loss.dtype == torch.float32 and float(loss) == pytest.approx(float(exact), rel=1e-5)
+    (loss * scale).backward()
+    (exact * scale).backward()
+    assert found.grad is not None and found.grad.dtype == kind and found.grad.stride() == prediction.stride()
+    # the difference is rounded, then the product
+    torch.testing.assert_close(found.grad.double(), expected.grad, rtol=2.1 * torch.finfo(kind).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_gradients_in_16_bits_point_where_those_of_float32_do(kind: Any) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(32, 16, 64, 64, device="cuda", generator=generator).contiguous(memory_format=torch.channels_last)
+    weight = nn.Parameter(torch.randn(16, 16, 3, 3, device="cuda", generator=generator))
+    with torch.no_grad():
+        target = torch.conv2d(x, weight, padding=1)
+        target = target + 0.05 * target.roll(1, 1) + 0.05 * torch.randn_like(target)
+
+    def gradient(kind: Any) -> Tensor:
+        scale = gradient_scale(kind, 32 * 64 * 64)
+        held = (t if kind == "float32" else t.to(getattr(torch, kind)) for t in (x, target))
+        inputs, targets = held
+
+        def loss(index: Tensor, number: float | Tensor | None) -> Tensor:
+            with running(kind, x.device):
+                output = torch.conv2d(inputs, weight, padding=1)
+            return power_loss(output, targets, channel_axis=1)
+
+        with magnified(Steady(loss), [Group([weight])], scale) as scaled:
+            (found,) = torch.autograd.grad(scaled.function(torch.arange(1), None), [weight])
+        return found
+
+    found, exact = gradient(kind), gradient("float32")
+    assert found.dtype == torch.float32
+    assert torch.cosine_similarity(found.flatten(), exact.flatten(), 0) > 0.99
+    assert float(found.norm() / exact.norm()) == pytest.approx(1, abs=0.03)

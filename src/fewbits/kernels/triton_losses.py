@@ -28,7 +28,8 @@ def _sum_kernel(prediction, target, out, total, BLOCK: tl.constexpr):
 def _gradient_kernel(prediction, target, gradient, out, total, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < total
-    difference = tl.load(prediction + at, mask=there, other=0.0) - tl.load(target + at, mask=there, other=0.0)
+    difference = tl.load(prediction + at, mask=there, other=0.0).to(tl.float32)
+    difference -= tl.load(target + at, mask=there, other=0.0).to(tl.float32)
     tl.store(out + at, 2.0 * tl.load(gradient) * difference, mask=there)
 
 
@@ -57,7 +58,8 @@ class _SquaredError(torch.autograd.Function):
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Sum of (prediction - target)^2, differentiable in the prediction; see `fits` for what the tensors must be."""
+    """Sum of (prediction - target)^2, float32, differentiable in the prediction; see `fits` for what the tensors must
+    be. The gradient has the prediction's type."""
     return _SquaredError.apply(prediction, target)
 
 
@@ -67,8 +69,8 @@ def squared_distance(one: Tensor, other: Tensor) -> Tensor:
 
 
 def fits(prediction: Tensor, target: Tensor) -> bool:
-    """Whether both are `alike` in float32, and only the prediction is learned."""
-    return prediction.dtype == torch.float32 and alike(prediction, target) and not target.requires_grad
+    """Whether both are `alike`, and only the prediction is learned."""
+    return alike(prediction, target) and not target.requires_grad
 
 
 def alike(one: Tensor, other: Tensor) -> bool:

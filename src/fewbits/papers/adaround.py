@@ -13,6 +13,8 @@ regulariser falls on a cosine from step 0, as in the authors' library.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from fewbits.formats import PerChannel, PerTensor, affine, symmetric
 from fewbits.papers.common import HEAD, input_rules, weight_rules
 from fewbits.ranges import MinMax, ShrinkSearch
@@ -31,13 +33,17 @@ def recipe(
     reg_param: float = 0.01,
     warm_start: float = 0.2,
     per_channel: bool = False,
+    arithmetic: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> Recipe:
-    """`iterations`: optimiser steps per layer; 0 means 10,000 for 8-bit weights and 15,000 below."""
+    """`iterations`: optimiser steps per layer; 0 means 10,000 for 8-bit weights and 15,000 below.
+
+    `arithmetic`: what layers run in while they are learned; 16 bits take less time and memory on a GPU.
+    """
     steps_taken = iterations or (15_000 if (bits.weight or 8) < 8 else 10_000)
     annealing = Annealing(reg_param, warm_start, schedule="cosine", first_count=0)
     granularity = PerChannel(0) if per_channel or bits.group else PerTensor()
     grid = symmetric(bits.weight or 8, narrow=False)
-    steps: tuple[Step, ...] = (FoldBatchNorm(), ReconstructLayers(steps_taken, batch, lr, annealing))
+    steps: tuple[Step, ...] = (FoldBatchNorm(), ReconstructLayers(steps_taken, batch, lr, annealing, arithmetic))
     activations: tuple[Rule, ...] = ()
     if bits.activation is not None:
         steps = (*steps, CalibrateActivations(late=True))

@@ -39,23 +39,31 @@ def recipe(
     fisher_damping: float = 1.0,
     edges_8bit: bool = True,
     placement: Literal["outputs", "inputs"] = "outputs",
+    arithmetic: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> Recipe:
     """`lr`: of the activation step sizes. `edges_8bit`: first and last layer at 8 bits.
 
     `placement`: activation quantizers at the outputs of layers and blocks, or at the inputs of layers.
+    `arithmetic`: what blocks run in while they are learned; 16 bits take less time and memory on a GPU.
     """
     search = ShrinkSearch()
     weights = weight_rules(bits, raw_affine(bits.weight or 8), search, without=HEAD)
     steps: tuple[Step, ...] = (
         FoldBatchNorm(),
         ReconstructUnit(
-            iters_w, batch, loss=opt_mode, fisher_damping=fisher_damping, annealing=Annealing(round_weight)
+            iters_w,
+            batch,
+            loss=opt_mode,
+            fisher_damping=fisher_damping,
+            annealing=Annealing(round_weight),
+            arithmetic=arithmetic,
         ),
     )
     activations: tuple[Rule, ...] = ()
     if bits.activation is not None:
         spec = QSpec(raw_affine(bits.activation), PerTensor(), search)
-        steps = (*steps, CalibrateInline(samples=64, weights=False, late=True), LearnSteps(iters_a, batch, lr))
+        tuning = LearnSteps(iters_a, batch, lr, arithmetic=arithmetic)
+        steps = (*steps, CalibrateInline(samples=64, weights=False, late=True), tuning)
         activations = block_rules(spec, placement)
     overrides: tuple[Rule, ...] = ()
     if edges_8bit:

@@ -19,6 +19,8 @@ from torch import Tensor
 from fewbits.errors import FewbitsError
 from fewbits.kernels.available import has_triton
 
+FULL_SCALE = 0.01  # of the loss by the full Fisher matrix, as released
+
 
 def power_loss(prediction: Tensor, target: Tensor, *, channel_axis: int, p: float = 2.0) -> Tensor:
     """Scalar mean over batch and positions of sum over channels of |prediction - target|^p.
@@ -46,7 +48,7 @@ def fisher_diagonal_loss(prediction: Tensor, target: Tensor, gradient: Tensor, *
     return (difference.square() * gradient.square()).sum(channel_axis).mean()
 
 
-def fisher_full_loss(prediction: Tensor, target: Tensor, gradient: Tensor, *, scale: float = 0.01) -> Tensor:
+def fisher_full_loss(prediction: Tensor, target: Tensor, gradient: Tensor, *, scale: float = FULL_SCALE) -> Tensor:
     """Error weighted by the full (rank-one) Fisher matrix of each sample: mean over all entries of d_n |difference|
     |g|, with d_n the sum of |difference| |g| over everything in sample n; times `scale` (the released code divides by
     100).

@@ -16,6 +16,8 @@ from fewbits.graph.types import Site
 from fewbits.reconstruction.loop import Callback, minimise
 from fewbits.reconstruction.losses import power_loss
 from fewbits.reconstruction.steps import Group, Steady
+from fewbits.steps.reconstruct.arithmetic import magnified
+from fewbits.steps.reconstruct.device import rows
 
 
 class Comparison:
@@ -43,6 +45,13 @@ class Comparison:
         found = [self.after(t) for t in tensors(tree) if t.is_floating_point()]
         return found if past is None else [past(t) for t in found]
 
+    @torch.no_grad()
+    def positions(self, unit: UnitContext, targets: Samples, batch: int) -> int:
+        """Positions of a batch's largest output: what a loss averages over."""
+        values = self.values(rows(unit, targets, torch.zeros(1, dtype=torch.int64)))
+        found = [value.numel() // value.shape[axis] for value, axis in zip(values, self.axes, strict=True)]
+        return batch * max(found, default=1)
+
     def error(self, output: Sequence[Tensor], target: Sequence[Tensor], p: float = 2.0) -> Tensor:
         """Sum over the output tensors of `power_loss`."""
         terms = [power_loss(a, b, channel_axis=axis, p=p) for a, b, axis in zip(output, target, self.axes, strict=True)]
@@ -57,22 +66,24 @@ def optimise(
     iterations: int,
     sampler: Iterable[Tensor],
     callbacks: Sequence[Callback] = (),
+    scale: float = 1.0,
     done: int = 0,
     of: int = 1,
 ) -> Tensor:
     """`minimise`, with the progress bar moved every few steps: this is the `done`-th of `of` runs for the unit.
 
-    A note says where steps on a GPU could not be recorded.
+    scale: of the gradients inside the unit (`arithmetic.gradient_scale`). A note says where steps on a GPU could not be
+    recorded.
     """
 
     def report(step: int, loss: Tensor) -> None:
         if step % 50 == 0:
             unit.run.progress.part((done + step / iterations) / of)
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), magnified(loss, groups, scale) as scaled:
         warnings.simplefilter("ignore", UserWarning)  # an expert that no sample reached stays as it is
         return minimise(
-            loss,
+            scaled,
             groups,
             iterations=iterations,
             sampler=sampler,

@@ -18,6 +18,7 @@ from fewbits.reconstruction.dropping import Masks, RandomMasks, mixed
 from fewbits.reconstruction.lsq import keep_positive, lsq_quantize
 from fewbits.reconstruction.sampling import with_replacement
 from fewbits.reconstruction.steps import Group
+from fewbits.steps.reconstruct.arithmetic import Arithmetic, check, gradient_scale, narrowed, running
 from fewbits.steps.reconstruct.comparison import Comparison, home, optimise
 from fewbits.steps.reconstruct.device import gathered, rows
 from fewbits.steps.reconstruct.norms import cheap_norms
@@ -58,7 +59,8 @@ class ReconstructDropping(Step):
     unit is a layer followed by its activation, keeps an element quantized with probability `keep`: 1 drops nothing,
     0 quantizes nothing. Masks are drawn anew for every element, quantizer and step. Steps of static uniform quantizers
     are learned with `scale_lr` falling to zero on a cosine, zero points stay. `samples`: of the float activations, for
-    the range of the quantizer behind the unit.
+    the range of the quantizer behind the unit. `arithmetic`: what the unit runs in while it is learned
+    (`reconstruct.arithmetic`); quantizers work in float32 on what it gives them.
     """
 
     iterations: int = 20_000
@@ -68,6 +70,7 @@ class ReconstructDropping(Step):
     scale_lr: float = 4e-5
     samples: int = 256
     annealing: Annealing = field(default_factory=Annealing)
+    arithmetic: Arithmetic = "float32"
 
     part: ClassVar[str] = "rounding"
     stage: ClassVar[int] = 40
@@ -77,6 +80,7 @@ class ReconstructDropping(Step):
 
     def __post_init__(self) -> None:
         RandomMasks(self.keep, torch.Generator())
+        check(self.arithmetic)
 
     def apply(self, unit: UnitContext) -> None:
         weights = start_unit(unit)
@@ -111,12 +115,16 @@ class ReconstructDropping(Step):
         past: DroppedQuantizer | None,
     ) -> None:
         quantized, full, targets = gathered(unit, "quantized", "float")
+        positions = comparison.positions(unit, targets, self.batch)
+        arithmetic = narrowed(unit, self.arithmetic, quantized, full, targets)
         masks = self._masks(unit, "input")
 
         def loss(index: Tensor) -> Tensor:
             args, kwargs = mixed_trees(rows(unit, quantized, index), rows(unit, full, index), masks)
-            output = comparison.values(unit.forward(args, kwargs), past)
-            return comparison.error(output, comparison.values(rows(unit, targets, index)))
+            with running(arithmetic, unit.device):
+                output = comparison.values(unit.forward(args, kwargs), past)
+                target = comparison.values(rows(unit, targets, index))
+            return comparison.error(output, target)
 
         keep_positive(scales)
         groups = [Group([weight.rounding.alpha for weight in weights], self.lr)]
@@ -135,6 +143,7 @@ class ReconstructDropping(Step):
                 iterations=self.iterations,
                 sampler=with_replacement(quantized.count, self.batch, unit.generator("samples")),
                 callbacks=[lambda step, loss: keep_positive(scales)],
+                scale=gradient_scale(arithmetic, positions),
             )
 
     def _calibrate(self, unit: UnitContext, comparison: Comparison, site: Site) -> None:

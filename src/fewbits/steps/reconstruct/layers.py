@@ -18,6 +18,7 @@ from fewbits.reconstruction.losses import power_loss
 from fewbits.reconstruction.sampling import without_replacement
 from fewbits.reconstruction.steps import Group
 from fewbits.steps.nearest import round_nearest
+from fewbits.steps.reconstruct.arithmetic import Arithmetic, check, gradient_scale, narrowed_tensors, running
 from fewbits.steps.reconstruct.comparison import home, optimise
 from fewbits.steps.reconstruct.device import innermost
 from fewbits.steps.reconstruct.norms import cheap_norms
@@ -28,18 +29,25 @@ EVERYTHING = 1 << 62
 
 @dataclass(frozen=True)
 class ReconstructLayers(Step):
-    """AdaRound: layer by layer in forward order, float target past the activation, input from the quantized prefix."""
+    """AdaRound: layer by layer in forward order, float target past the activation, input from the quantized prefix.
+
+    `arithmetic`: what a layer runs in while it is learned (`reconstruct.arithmetic`).
+    """
 
     iterations: int = 10_000
     batch: int = 32
     lr: float = 1e-3
     annealing: Annealing = field(default_factory=lambda: Annealing(schedule="cosine", first_count=0))
+    arithmetic: Arithmetic = "float32"
 
     part: ClassVar[str] = "rounding"
     stage: ClassVar[int] = 40
     streams: ClassVar[frozenset[str]] = frozenset({"float", "prefix"})
     activations: ClassVar[bool] = False
     gradients: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check(self.arithmetic)
 
     def apply(self, unit: UnitContext) -> None:
         sites = unit.weights()
@@ -70,9 +78,13 @@ class ReconstructLayers(Step):
             )
         del x_float
         axis = channel_axis(unit.graph, unit.graph.calls[site.call].outputs[0])
+        batch = min(self.batch, count)
+        positions = batch * y[0].numel() // y.flatten(0, 1).shape[axis]
+        arithmetic, (x, y) = narrowed_tensors(unit, self.arithmetic, x, y)
 
         def loss(index: Tensor) -> Tensor:
-            output = layer(x[index].flatten(0, 1), started.rounding())
+            with running(arithmetic, unit.device):
+                output = layer(x[index].flatten(0, 1), started.rounding())
             return power_loss(output, y[index].flatten(0, 1), channel_axis=axis)
 
         with cheap_norms(unit):
@@ -81,7 +93,8 @@ class ReconstructLayers(Step):
                 with_penalty(loss, self.annealing.over([started], self.iterations), home(x, y)),
                 [Group([started.rounding.alpha], self.lr)],
                 iterations=self.iterations,
-                sampler=without_replacement(count, min(self.batch, count), unit.generator(site.name)),
+                sampler=without_replacement(count, batch, unit.generator(site.name)),
+                scale=gradient_scale(arithmetic, positions),
                 done=number,
                 of=of,
             )

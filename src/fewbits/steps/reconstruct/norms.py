@@ -46,5 +46,5 @@ class _AddedConstants(TorchFunctionMode):
             var = kwargs["running_var"] if "running_var" in kwargs else args[2]
             bias = kwargs["bias"] if "bias" in kwargs else args[4] if len(args) > 4 else None
             if bias is not None and any(var is known for known in self.variances):
-                return args[0] + bias.view(-1, *[1] * (args[0].dim() - 2))
+                return args[0] + bias.to(args[0].dtype).view(-1, *[1] * (args[0].dim() - 2))
         return func(*args, **kwargs)

@@ -17,6 +17,7 @@ from fewbits.quantizer import Quantizer
 from fewbits.recipe import Step
 from fewbits.reconstruction.sampling import without_replacement
 from fewbits.reconstruction.steps import Group, Number, Steady
+from fewbits.steps.reconstruct.arithmetic import Arithmetic, check, gradient_scale, narrowed, running
 from fewbits.steps.reconstruct.comparison import Comparison, home, optimise
 from fewbits.steps.reconstruct.device import gathered, rows
 from fewbits.steps.reconstruct.norms import cheap_norms
@@ -41,7 +42,8 @@ class LearnSteps(Step):
     """Tune the step sizes of a unit's static activation quantizers, weights final (BRECQ's second stage).
 
     `stream`: "float" feeds the unit the float prefix, as BRECQ's released code does; "quantized" what really arrives.
-    No scale falls below `floor` times where it started (our choice; the released code has no bound).
+    No scale falls below `floor` times where it started (our choice; the released code has no bound). `arithmetic`: what
+    the unit runs in meanwhile (`reconstruct.arithmetic`); quantizers work in float32 on what it gives them.
     """
 
     iterations: int = 5_000
@@ -50,11 +52,15 @@ class LearnSteps(Step):
     p: float = 2.4
     stream: Literal["float", "quantized"] = "float"
     floor: float = 0.1
+    arithmetic: Arithmetic = "float32"
 
     part: ClassVar[str] = "tuning"
     stage: ClassVar[int] = 50
     new_sweep: ClassVar[bool] = True
     gradients: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check(self.arithmetic)
 
     @property
     def streams(self) -> frozenset[str]:  # type: ignore[override]
@@ -76,11 +82,16 @@ class LearnSteps(Step):
                     torch.maximum(parameter, floor, out=parameter.data)
 
         comparison = Comparison(unit)
+        batch = min(self.batch, inputs.count)
+        positions = comparison.positions(unit, targets, batch)
+        arithmetic = narrowed(unit, self.arithmetic, inputs, targets)
 
         def loss(index: Tensor, number: Number) -> Tensor:
             args, kwargs = rows(unit, inputs, index)
-            output = comparison.values(unit.forward(args, kwargs))
-            return comparison.error(output, comparison.values(rows(unit, targets, index)), self.p)
+            with running(arithmetic, unit.device):
+                output = comparison.values(unit.forward(args, kwargs))
+                target = comparison.values(rows(unit, targets, index))
+            return comparison.error(output, target, self.p)
 
         try:
             with cheap_norms(unit):
@@ -89,8 +100,9 @@ class LearnSteps(Step):
                     Steady(loss, samples=home(inputs, targets)),
                     [Group(parameters, lr=self.lr, schedule="cosine")],
                     iterations=self.iterations,
-                    sampler=without_replacement(inputs.count, min(self.batch, inputs.count), unit.generator("steps")),
+                    sampler=without_replacement(inputs.count, batch, unit.generator("steps")),
                     callbacks=[stay_positive],
+                    scale=gradient_scale(arithmetic, positions),
                 )
         except FewbitsError as error:
             if "does not depend" not in str(error):
