@@ -115,6 +115,25 @@ def test_squared_error_and_its_gradient(layout: torch.memory_format) -> None:
     assert not losses.fits(a[..., ::2], b[..., ::2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_constants_added_to_channels(dtype: torch.dtype) -> None:
+    channels = importlib.import_module("fewbits.kernels.triton_channels")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 20, 31, generator=generator).to(DEVICE, dtype, memory_format=torch.channels_last)
+    constants = torch.randn(5, generator=generator).to(DEVICE)
+    assert channels.fits(x.requires_grad_(), constants)
+    found = channels.add_constants(x, constants)
+    assert found.stride() == x.stride()
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds it
+    away = torch.finfo(dtype).eps if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.0
+    torch.testing.assert_close(found, (x.float() + constants.view(-1, 1, 1)).to(dtype), rtol=away, atol=0)
+    gradient = torch.randn_like(found)
+    assert torch.equal(torch.autograd.grad(found, x, gradient)[0], gradient)
+    for other in (constants[:1], constants.clone().requires_grad_(), constants.repeat(2)[::2]):
+        assert not channels.fits(x, other)
+    assert not channels.fits(x.contiguous(), constants) and not channels.fits(x[:, :, 0], constants)
+
+
 def test_adam_is_torchs() -> None:
     make = importlib.import_module("fewbits.kernels.triton_adam").Adam
     generator = torch.Generator().manual_seed(0)

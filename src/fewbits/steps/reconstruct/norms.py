@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fewbits.engine.context import UnitContext
 from fewbits.graph import operands
+from fewbits.kernels.available import has_triton
 
 
 def cheap_norms(unit: UnitContext) -> AbstractContextManager[Any]:
@@ -46,5 +47,15 @@ class _AddedConstants(TorchFunctionMode):
             var = kwargs["running_var"] if "running_var" in kwargs else args[2]
             bias = kwargs["bias"] if "bias" in kwargs else args[4] if len(args) > 4 else None
             if bias is not None and any(var is known for known in self.variances):
-                return args[0] + bias.to(args[0].dtype).view(-1, *[1] * (args[0].dim() - 2))
+                return _added(args[0], bias.detach())
         return func(*args, **kwargs)
+
+
+def _added(x: Tensor, bias: Tensor) -> Tensor:
+    """x plus a constant for each entry of its second axis, in its type."""
+    if has_triton():
+        from fewbits.kernels.triton_channels import add_constants, fits
+
+        if fits(x, bias):
+            return add_constants(x, bias)
+    return x + bias.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
