@@ -151,7 +151,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     try:
         found, row["dtype"] = ask(options, folder, expected["tokens"])
     except Exception as error:
-        return row | {"error": f"{type(error).__name__}: {error}"}
+        return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]}
     same = found["best"] == expected["best"]
     away = (found["next_logprob"] - expected["next_logprob"]).abs()
     margin = (expected["best_logprob"] - expected["second_logprob"])[~same]
