@@ -5,6 +5,7 @@ Without a GPU the instruction is emulated in tensors, so that order and index ar
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,9 @@ from fewbits.outliers.parts import Sparse
 from fewbits.packed.modules import FragmentLinear
 from fewbits.packed.weight import KernelWeight
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = triton.language
+parts = importlib.import_module("fewbits.kernels.triton_operands")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = 4 * torch.finfo(torch.float16).eps
@@ -39,6 +42,38 @@ def test_codes_come_back_from_their_fragments(bits: int, nibbles: bool, outputs:
     words = pack_fragments(codes, bits, nibbles=nibbles)
     assert words.dtype == torch.int32 and words.shape == (-(-outputs // 16), chunks, 32 * bits)  # no bit is wasted
     assert torch.equal(unpack_fragments(words, bits, outputs, nibbles=nibbles), codes)
+
+
+load_words, raw_operands = parts.load_words, parts.raw_operands
+
+
+@triton.jit
+def raw_kernel(words, out, magic, BITS: tl.constexpr, BFLOAT: tl.constexpr, EMULATED: tl.constexpr):
+    lane = tl.arange(0, 32)
+    w = load_words(words, lane, BITS, EMULATED)
+    for m in tl.static_range(4):
+        a = raw_operands(w, m, magic, BITS, BFLOAT)
+        for r in tl.static_range(4):
+            tl.store(out + (m * 4 + r) * 32 + lane, a[r])
+
+
+@pytest.mark.parametrize("bfloat", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_masked_codes_are_numbers(bits: int, bfloat: bool) -> None:
+    """In the lane and place that the matrix units want, and times what the kernel of one row takes off again."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 1 << bits, (16, 64), dtype=torch.uint8)
+    words = pack_fragments(codes, bits, nibbles=False).to(DEVICE)
+    out, magic = torch.empty(4, 4, 32, dtype=torch.int32, device=DEVICE), 0x43004300 if bfloat else 0
+    raw_kernel[(1,)](words, out, magic, BITS=bits, BFLOAT=bfloat, EMULATED=DEVICE == "cpu")
+    kind = torch.bfloat16 if bfloat else torch.float16
+    numbers = out.cpu().view(kind).double().view(4, 2, 2, 8, 4, 2)  # step, later inputs, h, g, q, which of two
+    for m in range(4):
+        for h in range(2):
+            first = parts.unit(h, bits, bfloat) * (parts.odd(h, bits, bfloat) if m % 2 else 1)
+            found = (numbers[m, :, h] - (128 if bfloat else 0)) * first  # later, g, q, two
+            expected = codes.double().view(2, 8, 4, 4, 2, 2)[h, :, :, m].permute(2, 0, 1, 3)
+            assert torch.equal(found, expected)
 
 
 def test_what_has_no_fragments_is_refused() -> None:
