@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -33,6 +35,7 @@ from fewbits.papers.common import HEAD, input_rules, weight_rules
 from fewbits.papers.targeted import plan
 from fewbits.ranges import AbsMax
 from fewbits.recipe import Bits, Calibration, QSpec, Recipe, Scheme
+from fewbits.report import terminal
 from fewbits.steps.calibrate import AttachDynamic, CalibrateActivations
 from fewbits.steps.nearest import RoundNearest
 
@@ -422,7 +425,12 @@ def test_gptq_says_what_vllm_refuses(options: dict[str, str], refused: str | Non
     """
     pytest.importorskip("compressed_tensors")
     made = subject("llama", "gptq", "W4A16g32", **options)
-    assert load_target("gptq").write(made, tmp_path)["vllm_refuses"] == refused
+    facts = load_target("gptq").write(made, tmp_path)
+    assert facts["vllm_refuses"] == refused
+    printed = io.StringIO()
+    report = {"checkpoint": "c", "target": "gptq", "bytes": 1, "out": "o", "comparison": None, "written": facts}
+    terminal.exported(report, Console(file=printed, width=200))
+    assert (refused is None) == ("vLLM" not in printed.getvalue()) and (refused or "") in printed.getvalue()
 
 
 def test_gptq_lists_layers_that_differ(tmp_path: Path) -> None:

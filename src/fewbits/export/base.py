@@ -116,7 +116,8 @@ class Target(ABC):
 
     @abstractmethod
     def write(self, subject: Subject, folder: Path, **options: Any) -> dict[str, Any]:
-        """Fill the empty `folder`; returns JSON-able facts about what was written (formats, counts).
+        """Fill the empty `folder`; returns JSON-able facts about what was written (formats, counts; `notes`, in
+        words, which the command prints too).
 
         `options` are the target's own keyword arguments. Raises `FewbitsError` for a value that cannot be.
         """

@@ -75,8 +75,10 @@ class Export(Target):
             worst = max(worst, change)
         config = _config(subject, checkpoint_format)
         write_folder(subject, folder, replaced, config, kept)
+        refused = _refused(subject)
+        notes = [] if refused is None else [f"vLLM refuses {refused}; awq or compressed-tensors may do"]
         facts = {"layers": len(subject.layers), "dtype": dtype, "scale_change": worst}
-        return {**facts, "vllm_refuses": _refused(subject), **config}
+        return {**facts, "vllm_refuses": refused, "notes": notes, **config}
 
     def check(self, subject: Subject, folder: Path) -> list[dict[str, Any]]:
         return check_dense(subject, folder, _decode, "compressed-tensors", "unpacking")

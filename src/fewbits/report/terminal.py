@@ -57,6 +57,7 @@ def exported(report: dict[str, Any], console: Console) -> None:
             lines.append(f"codes at {len(codes['sites'])} activation quantizers: {worst} equal for the same inputs")
     if report["comparison"] is None:
         lines.append("not reloaded (--no-check)")
+    lines += [f"note: {note}" for note in report.get("written", {}).get("notes", ())]
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
