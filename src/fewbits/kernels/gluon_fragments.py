@@ -55,7 +55,12 @@ def room(chunks: int, warps: int, ahead: int) -> int:
 
 
 def layouts(warps: int, unroll: int) -> dict[str, Any]:
-    """Of a warp's lanes, and of a step's activations [warps unroll 8, 4] as they leave shared memory."""
+    """Layouts by the names that `row_kernel` has for them.
+
+    LANES: a warp's lanes. ROW and ONES: a step's activations [warps unroll 8, 4] as they leave shared memory, for the
+    product and for their sum. HALVES: its scales [warps, 16], of outputs g and g + 8 in the lanes of g. COLUMNS: all
+    warps' sums of an output in one thread. COPY and FOURS: a row, and scales, on their way into shared memory.
+    """
     inside = [[0, 1], [0, 2], [1, 0], [8, 0]][: 2 + unroll]
     among = [[8 * unroll << bit, 0] for bit in range(warps.bit_length() - 1)]
     lanes = [[2, 0], [4, 0], [0, 0], [0, 0], [0, 0]]
