@@ -37,7 +37,7 @@ def recipe(
 ) -> Recipe:
     """`iterations`: optimiser steps per layer; 0 means 10,000 for 8-bit weights and 15,000 below.
 
-    `arithmetic`: what layers run in while they are learned; 16 bits take less time and memory on a GPU.
+    `arithmetic`: what layers run in while they are learned; 16 bits take less time on a GPU.
     """
     steps_taken = iterations or (15_000 if (bits.weight or 8) < 8 else 10_000)
     annealing = Annealing(reg_param, warm_start, schedule="cosine", first_count=0)

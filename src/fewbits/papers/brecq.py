@@ -44,7 +44,7 @@ def recipe(
     """`lr`: of the activation step sizes. `edges_8bit`: first and last layer at 8 bits.
 
     `placement`: activation quantizers at the outputs of layers and blocks, or at the inputs of layers.
-    `arithmetic`: what blocks run in while they are learned; 16 bits take less time and memory on a GPU.
+    `arithmetic`: what blocks run in while they are learned; 16 bits take less time on a GPU.
     """
     search = ShrinkSearch()
     weights = weight_rules(bits, raw_affine(bits.weight or 8), search, without=HEAD)

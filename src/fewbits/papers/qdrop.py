@@ -51,7 +51,7 @@ def recipe(
 
     `observe`: images for the activation ranges. `candidates`: widths tried for a range. `edges_8bit`: 8 bits at the
     first and last layer. `placement`: activation quantizers at the outputs of layers and blocks, or at the inputs of
-    layers. `arithmetic`: what blocks run in while they are learned; 16 bits take less time and memory on a GPU.
+    layers. `arithmetic`: what blocks run in while they are learned; 16 bits take less time on a GPU.
     """
     search = JointSearch(candidates, p=2.4)
     weights = weight_rules(bits, _grid(bits.weight or 8), search, without=HEAD)

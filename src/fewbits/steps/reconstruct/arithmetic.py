@@ -58,13 +58,12 @@ def narrowed(unit: UnitContext, arithmetic: Arithmetic, *data: Samples) -> Arith
     if arithmetic == "float32":
         return arithmetic
     dtype = getattr(torch, arithmetic)
-    made = [[_narrow(leaf, dtype, bool(rows)) for leaf, rows in _leaves(part)] for part in data]
-    before = [leaf for part in data for leaf in part.leaves]
-    if any(map(_overflows, (leaf for row in made for leaf in row), before)):
+    if any(rows and _overflows(leaf, dtype) for part in data for leaf, rows in _leaves(part)):
         unit.note(f"{unit.name}: its samples hold numbers too large for {arithmetic}, learned in float32")
         return "float32"
-    for part, row in zip(data, made, strict=True):
-        part.leaves = row
+    for part in data:
+        for place, (leaf, rows) in enumerate(list(_leaves(part))):
+            part.leaves[place] = _narrow(leaf, dtype, bool(rows))
     return arithmetic
 
 
@@ -88,8 +87,16 @@ def _narrow(leaf: Any, dtype: torch.dtype, per_sample: bool) -> Any:
     return leaf.to(dtype) if per_sample else leaf
 
 
-def _overflows(new: Any, old: Any) -> bool:
-    return isinstance(new, Tensor) and new.dtype != old.dtype and bool((new.isinf() & old.isfinite()).any())
+def _overflows(leaf: Any, dtype: torch.dtype) -> bool:
+    """Whether a number becomes infinite in the type; the lowest of its own type does not count."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.element_size() < 4 or leaf.numel() == 0:
+        return False
+    low, high = leaf.aminmax()
+    most = torch.finfo(dtype).max
+    if bool((low >= -most) & (high <= most)):  # as a rule, and nothing is copied
+        return False
+    counted = leaf[leaf.isfinite() & (leaf != torch.finfo(leaf.dtype).min)]
+    return bool(counted.to(dtype).isinf().any())
 
 
 # -- gradients -------------------------------------------------------------------------------------------------------
