@@ -467,6 +467,15 @@ def test_gptq_names_alike_what_vllm_runs_as_one(
     assert facts["dynamic"][rule] == said and facts["vllm_refuses"] is None
 
 
+def test_what_vllm_runs_alone_is_no_part_of_something_else() -> None:
+    """A query projection without the others, as where keys and values are compressed, is a layer of its own."""
+    fused = importlib.import_module("fewbits.export.gptq")._fused
+    four, eight = (4, 32, True), (8, 32, True)
+    assert fused({"a.q_proj": eight, "a.o_proj": four, "q_proj": four}) == {}
+    together = {f"a.{part}_proj": four for part in "qkv"}
+    assert fused({**together, "a.q_proj": eight}) == {"a.qkv_proj": {four, eight}}
+
+
 @pytest.mark.parametrize("sym", ["false", "true"])
 def test_awq_is_read_by_compressed_tensors(sym: str, tmp_path: Path) -> None:
     """The folder, converted by compressed-tensors' converter for AutoAWQ, runs in transformers."""

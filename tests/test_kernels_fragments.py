@@ -64,7 +64,8 @@ def test_masked_codes_are_numbers(bits: int, bfloat: bool) -> None:
     torch.manual_seed(0)
     codes = torch.randint(0, 1 << bits, (16, 64), dtype=torch.uint8)
     words = pack_fragments(codes, bits, nibbles=False).to(DEVICE)
-    out, magic = torch.empty(4, 4, 32, dtype=torch.int32, device=DEVICE), 0x43004300 if bfloat else 0
+    magic = importlib.import_module("fewbits.kernels.triton_fragments").MAGIC[bfloat]
+    out = torch.empty(4, 4, 32, dtype=torch.int32, device=DEVICE)
     raw_kernel[(1,)](words, out, magic, BITS=bits, BFLOAT=bfloat, EMULATED=DEVICE == "cpu")
     kind = torch.bfloat16 if bfloat else torch.float16
     numbers = out.cpu().view(kind).double().view(4, 2, 2, 8, 4, 2)  # step, later inputs, h, g, q, which of two

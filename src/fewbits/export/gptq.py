@@ -90,13 +90,15 @@ def _form(layer: Layer) -> Form:
 
 
 def _fused(forms: dict[str, Form | None]) -> dict[str, set[Form | None]]:
-    """The forms of the linear modules that vLLM runs as one, by the name that it then looks up."""
-    return {
-        f"{name.removesuffix(parts[0])}{fused}": {forms.get(name.removesuffix(parts[0]) + part) for part in parts}
-        for name in forms
-        for fused, parts in FUSED.items()
-        if name.rpartition(".")[2] == parts[0]
-    }
+    """The forms of the linear modules that vLLM runs as one, where all of them are there, by the name that it then
+    looks up."""
+    found = {}
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in forms):
+        for fused, parts in FUSED.items():
+            names = [f"{parent}.{part}" for part in parts]
+            if all(name in forms for name in names):
+                found[f"{parent}.{fused}"] = {forms[name] for name in names}
+    return found
 
 
 def _refused(subject: Subject) -> str | None:
